@@ -1,0 +1,43 @@
+# make bench: set up, build the images, run every target that this machine can run, print the table
+# make test:  set up, run all tests
+# make venv:  .venv with everything from Python's side
+# make check: lint, types, the rules of the house
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Packages are installed without asking only in CI, for root without a terminal, or with YES=1.
+MAY := [ "$$CI" = true ] || [ "$(YES)" = 1 ] || { [ "$$(id -u)" = 0 ] && ! [ -t 0 ]; }
+
+.PHONY: bench test check venv setup images
+.DEFAULT_GOAL := bench
+
+bench: images
+	$(BIN)/isolatency sandbox -- $(CURDIR)/$(BIN)/isolatency run --quick
+
+test: images
+	$(BIN)/pytest
+
+check: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+images: setup
+	$(BIN)/isolatency images build
+
+setup: venv
+	@if $(MAY); then $(BIN)/isolatency setup --yes; else $(BIN)/isolatency setup; fi
+
+venv: .venv/.ready
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make venv needs the Debian package python3-venv"; \
+	  if $(MAY); then apt-get update -q && apt-get install -y --no-install-recommends --no-upgrade python3-venv; \
+	  else echo "install it: apt-get install --no-install-recommends python3-venv   (or: make YES=1 as root)"; exit 1; fi; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "isolatency needs Python 3.11 or later, found $$($(PYTHON) --version); give another one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,264 @@
+"""The commands: each parses, calls one function, prints what came back. No logic."""
+
+import errno
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from images import shell
+from images.errors import IsolatencyError
+
+EXIT_CODES = """\b
+Exit codes: 0 done, 1 failed, 2 usage or plan, 3 a gate is exceeded,
+4 not comparable or parity broken, 5 can't tell, 130 interrupted."""
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@click.group(context_settings=CONTEXT, epilog=EXIT_CODES)
+@click.version_option(package_name="isolatency")
+def cli() -> None:
+    """What does isolation cost a served model? One server, as a process, in a container, in a microVM."""
+
+
+def _dry_run(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--dry-run", is_flag=True, callback=lambda _c, _p, on: shell.set_dry_run(on), expose_value=False,
+        help="Print what would be done, and do nothing.",
+    )(function)  # fmt: skip
+
+
+target_option = click.option(
+    "--target", "targets", multiple=True, metavar="[NAME=]KIND[:option=value,…]",
+    help="A target; may be repeated, the first is the baseline. Default: every kind that this machine can run.",
+)  # fmt: skip
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--try", "attempt", is_flag=True, help="Try, with a boot bounded at 10 s, whether KVM boots a guest.")
+def doctor(as_json: bool, attempt: bool) -> None:
+    """Check this machine: what each kind of target needs, what was found, what mends it."""
+    from hostsetup import doctor as checks
+
+    found = checks.examine(attempt=attempt)
+    print(found.json() if as_json else found.text())
+    sys.exit(0 if found.able else 1)
+
+
+@cli.command()
+@click.option("--yes", is_flag=True, help="Install without asking.")
+@_dry_run
+def setup(yes: bool) -> None:
+    """Show the Debian packages that are missing, ask, and install them; then fetch Firecracker."""
+    from hostsetup import setup as packages
+
+    packages.setup(yes=yes, ask=_ask, say=print)
+
+
+def _ask(question: str) -> bool | None:
+    """None where there is no terminal to ask at."""
+    return click.confirm(question, default=False) if sys.stdin.isatty() else None
+
+
+@cli.group()
+def images() -> None:
+    """The one tree, as image tar, ext4, kernels and initramfs."""
+
+
+@images.command()
+@click.option("--locked", is_flag=True, help="Refuse a Debian package that differs from the last build's lock.")
+def build(locked: bool) -> None:
+    """Build what is not yet built; the last line on stdout is the tree's sha256."""
+    from images import build as building
+
+    print(building.build(_step, locked=locked).tree_sha256)
+
+
+@images.command("save")
+@click.argument("file", type=click.Path(path_type=Path))
+def save_images(file: Path) -> None:
+    """Write all of the current images to FILE."""
+    from images import bundle
+
+    bundle.save(file)
+    print(file)
+
+
+@images.command("load")
+@click.argument("file", type=click.Path(path_type=Path))
+def load_images(file: Path) -> None:
+    """Take images from FILE, made by `images save` here or on another machine."""
+    from images import bundle
+
+    print(bundle.load(file).tree_sha256)
+
+
+@cli.command()
+@click.argument("targets", nargs=-1, required=True, metavar="TARGET…")
+@click.option("--model", "models", multiple=True, help="A model to serve; may be repeated. Default: all.")
+@click.option("--internet", is_flag=True, help="Let guests reach the outside through this machine (NAT).")
+@_dry_run
+def up(targets: Sequence[str], models: Sequence[str], internet: bool) -> None:
+    """Start targets and keep them running; each URL on a line of its own once it answers."""
+    from loadtest import _keep
+
+    for url in _keep.up(targets, models, internet, _step):
+        print(url, flush=True)
+
+
+@cli.command()
+def ps() -> None:
+    """List the targets that are kept running."""
+    from loadtest import _keep
+
+    _keep.table(Console())
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[NAME…]")
+def down(names: Sequence[str]) -> None:
+    """Stop kept targets: those named, or all."""
+    from loadtest import _keep
+
+    for line in _keep.down(names):
+        print(line)
+
+
+@cli.command()
+@click.argument("plan", required=False, type=click.Path(path_type=Path), metavar="[PLAN.toml]")
+@click.option("--quick", is_flag=True, help="The short plan, under 3 minutes with five targets.")
+@target_option
+@click.option("--only", type=click.Choice(["batch", "load"]), help="Leave the other half out.")
+@click.option("--out", type=click.Path(path_type=Path), default="results", show_default=True, help="Parent of run folders.")
+@click.option("--allow-difference", is_flag=True, help="Measure unequal targets all the same; every table is marked.")
+@click.option("--seed", type=int, help="Seed of every order and choice in the run.")
+@click.option("--seconds", type=float, help="Seconds of load per target, model and load.")
+@_dry_run
+def run(plan: Path | None, quick: bool, targets: Sequence[str], out: Path, **flags: Any) -> None:
+    """Run a plan: start targets, compare them, load them in turn, run the batch jobs, report."""
+    from loadtest import _keep, _plan, _report, _run
+
+    if plan is not None and quick:
+        raise click.UsageError("--quick is a plan of its own; give it or PLAN.toml")
+    chosen = _keep.choose(_plan.read(plan, quick=quick), targets, flags, errors)
+    command = ["isolatency", *sys.argv[1:]]
+    with _Display() as show:
+        path, code = _run.run(chosen, out, command=command, show=_run.Show(show.step, show.progress))
+    if path is not None:
+        if (path / "summary.json").exists():
+            _report.terminal(_report.summarise(path), Console())
+        errors.print(f"run folder: {path}")
+    sys.exit(code)
+
+
+class _Display:
+    """Progress on stderr: a bar on a terminal, a line per step elsewhere."""
+
+    def __enter__(self) -> "_Display":
+        self._bar: Progress | None = None
+        if errors.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=errors, transient=True)
+            self._task = self._bar.add_task("", total=None)
+            self._bar.start()
+        return self
+
+    def step(self, text: str) -> None:
+        if self._bar is None:
+            _step(text)
+        else:
+            self._bar.update(self._task, description=escape(text), total=None, completed=0)
+
+    def progress(self, done_s: float, total_s: float) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done_s, total=total_s)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _step(text: str) -> None:
+    errors.print(escape(text), style="dim")
+
+
+@cli.command()
+@click.argument("run_folder", type=click.Path(path_type=Path), metavar="RUN")
+@click.option("--baseline", metavar="NAME", help="Compare against this target instead of the first.")
+def report(run_folder: Path, baseline: str | None) -> None:
+    """Make the table, report.md and summary.json again from a run folder alone."""
+    from loadtest import _report
+
+    _report.terminal(_report.write(run_folder, baseline), Console())
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, metavar="-- CMD…", type=click.UNPROCESSED)
+def sandbox(command: Sequence[str]) -> None:
+    """Run CMD in a private network namespace with a Docker engine of its own; all of it ends with CMD."""
+    from hostsetup import sandbox as private
+
+    sys.exit(private.run(list(command)))
+
+
+@cli.command()
+@click.option("--all", "everything", is_flag=True, help="End live runs, kept targets and sandboxes too.")
+@_dry_run
+def clean(everything: bool) -> None:
+    """Remove whatever a killed run left behind, by the ledger, and say what."""
+    from hostsetup import ledger
+    from images import build as building
+
+    removed, left = ledger.clean(everything)
+    removed += building.sweep()
+    for line in removed:
+        print(f"removed {line}")
+    for line in left:
+        print(f"left alone: {line}")
+    if not removed:
+        print("nothing to remove")
+
+
+def main() -> NoReturn:
+    """The entry point: every error becomes one line on stderr and the exit code of EXIT_CODES."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except IsolatencyError as error:
+        _complain(str(error), error.detail)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        hint = "; free some space, or choose another --out or ISOLATENCY_CACHE" if error.errno == errno.ENOSPC else ""
+        _complain(f"{shlex.join(sys.argv[1:2])}: {error.strerror or error}{where}{hint}")
+        code = 1
+    else:
+        code = 0
+    sys.exit(code)
+
+
+def _complain(message: str, detail: str = "") -> None:
+    if detail:
+        errors.print(escape(detail), style="dim")
+    errors.print(f"[bold red]isolatency:[/] {escape(message)}")

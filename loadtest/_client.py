@@ -1,0 +1,55 @@
+"""The few plain HTTP calls of the run itself (parity, batch jobs); load goes through the engine."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import requests
+
+from hostsetup.target import Endpoint
+from images.errors import TargetError
+
+INFER_ROWS = 50  # rows per parity request: an emulated guest answers within its time-out
+Outputs = dict[str, np.ndarray[Any, Any]]
+
+
+def session() -> requests.Session:
+    """A session that takes no proxy from the environment: targets are reached directly, or not at all."""
+    made = requests.Session()
+    made.trust_env = False
+    return made
+
+
+def call(
+    http: requests.Session, endpoint: Endpoint, method: str, path: str, *, timeout_s: float, body: Any = None
+) -> Any:
+    """One JSON call. Raises TargetError with the server's own words; `requests.Timeout` passes through."""
+    try:
+        answer = http.request(method, endpoint.url + path, json=body, timeout=timeout_s)
+        value = answer.json()
+    except requests.Timeout:
+        raise
+    except (requests.RequestException, ValueError) as error:
+        raise TargetError(f"{endpoint.label}: {method} {path} got no JSON answer: {error}") from error
+    if answer.status_code >= 400:
+        found = value.get("error", value) if isinstance(value, dict) else value
+        raise TargetError(f"{endpoint.label}: {method} {path} was answered {answer.status_code}: {found}")
+    return value
+
+
+def infer(
+    http: requests.Session, endpoint: Endpoint, model: str, rows: np.ndarray[Any, Any], *, timeout_s: float
+) -> Outputs:
+    """Every output of `model` for `rows` (n, d), in the order asked, asked for `INFER_ROWS` at a time."""
+    parts: list[Outputs] = []
+    for start in range(0, len(rows), INFER_ROWS):
+        batch = rows[start : start + INFER_ROWS]
+        tensor = {"name": "x", "shape": list(batch.shape), "datatype": "FP32", "data": batch.ravel().tolist()}
+        answer = call(http, endpoint, "POST", f"/v2/models/{model}/infer", timeout_s=timeout_s, body={"inputs": [tensor]})
+        parts.append({output["name"]: _array(output) for output in answer["outputs"]})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _array(output: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    shape: Sequence[int] = output["shape"]
+    return np.asarray(output["data"]).reshape(shape)

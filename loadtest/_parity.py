@@ -1,0 +1,104 @@
+"""Before anything is measured: the same tree, the same answers, the same BLAS kernel and thread count everywhere."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+
+from hostsetup.target import Endpoint, Spec
+from images.errors import TargetError
+from loadtest._client import Outputs, infer, session
+
+INPUTS = 200
+PROBABILITY_TOLERANCE = 1e-4
+OWN_PARTS = ("image", "kernel", "binary")
+DATA = Path(__file__).resolve().parent.parent / "server" / "models" / "data"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one target showed: its identity (None: not a server of ours) and its outputs for the parity inputs."""
+
+    endpoint: Endpoint
+    spec: Spec
+    outputs: Mapping[str, Outputs]
+    caveats: tuple[str, ...] = ()
+
+
+@dataclass
+class Comparison:
+    """`differences` stop a run (or mark it, with allow_difference); `caveats` are written beside the figures."""
+
+    differences: list[str] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
+
+
+def ask(endpoint: Endpoint, spec: Spec, models: Sequence[str], timeout_s: float) -> Facts:
+    """The target's answers for the first 200 query rows of each model. Raises TargetError."""
+    http = session()
+    outputs: dict[str, Outputs] = {}
+    for model in models:
+        rows = np.load(DATA / f"{model}.npz")["rows"][:INPUTS]
+        try:
+            outputs[model] = infer(http, endpoint, model, rows, timeout_s=timeout_s)
+        except requests.Timeout as error:
+            raise TargetError(
+                f"{endpoint.label}: {model} gave no answer within {timeout_s:g} s before the measurement; "
+                "raise request_timeout_s in the plan, or look at its console in logs/"
+            ) from error
+    return Facts(endpoint, spec, outputs)
+
+
+def compare(reference: Facts, other: Facts) -> Comparison:
+    """What differs between two targets. A url target without our identity is compared by its answers alone."""
+    found = Comparison()
+    one, two = reference.endpoint, other.endpoint
+    if one.identity is None or two.identity is None:
+        unknown = one if one.identity is None else two
+        found.caveats.append(f"{unknown.label}: an unknown server (no identity route); only its answers were compared")
+    else:
+        _compare_identity(reference, other, found)
+    for model in reference.outputs.keys() & other.outputs.keys():
+        _compare_answers(model, reference, other, found)
+    return found
+
+
+def _compare_identity(reference: Facts, other: Facts, found: Comparison) -> None:
+    one, two = reference.endpoint, other.endpoint
+    assert one.identity is not None and two.identity is not None
+    own = [f"{part} of its own" for part in OWN_PARTS if part in other.spec.options]
+    if own:
+        found.caveats.append(f"{two.label}: {', '.join(own)}; the digest check does not apply to it")
+    elif one.identity.get("tree_sha256") != two.identity.get("tree_sha256"):
+        found.differences.append(_differs("tree sha256", "tree_sha256", one, two))
+    if one.identity.get("blas_kernel") != two.identity.get("blas_kernel"):
+        text = _differs("BLAS kernel", "blas_kernel", one, two)
+        if two.emulated:
+            found.caveats.append(f"{text}: emulation offers another CPU")
+        else:
+            found.differences.append(text)
+    if one.identity.get("blas_threads") != two.identity.get("blas_threads"):
+        found.differences.append(_differs("BLAS threads", "blas_threads", one, two))
+
+
+def _differs(what: str, key: str, one: Endpoint, two: Endpoint) -> str:
+    assert one.identity is not None and two.identity is not None
+    return f"{what}: {one.label} has {one.identity.get(key)}, {two.label} has {two.identity.get(key)}"
+
+
+def _compare_answers(model: str, reference: Facts, other: Facts, found: Comparison) -> None:
+    one, two = reference.endpoint.label, other.endpoint.label
+    for name, expected in reference.outputs[model].items():
+        got = other.outputs[model].get(name)
+        if got is None or got.shape != expected.shape:
+            found.differences.append(f"{model}: {one} gives {name} of shape {expected.shape}, {two} does not")
+        elif expected.dtype.kind == "f":
+            worst = float(np.abs(expected - got).max(initial=0.0))
+            if not worst <= PROBABILITY_TOLERANCE:
+                found.differences.append(f"{model}: {name} of {one} and {two} differ by up to {worst:.2g}")
+        elif not np.array_equal(expected, got):
+            count = int((expected != got).sum())
+            found.differences.append(f"{model}: {count} of {got.size} values of {name} differ between {one} and {two}")

@@ -1,0 +1,261 @@
+"""The frozen Plan: a TOML file and flags, validated once; nothing inside the run reads either again."""
+
+import csv
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tomli_w
+
+from hostsetup.kinds import KINDS, check_options
+from hostsetup.target import Option, Spec
+from images.errors import UsageError
+
+PLANS = Path(__file__).resolve().parent.parent / "plans"
+MODELS = ("knn", "dnn", "null")
+EMULATED_TIMEOUT_S = 60.0
+_LOAD = re.compile(r"closed-([1-9][0-9]{0,3})")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,30}")
+
+
+class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One batch job: `repeats` of `rows` rows on every target; an emulated one runs once, at `emulated_rows`."""
+
+    job: str
+    repeats: int
+    rows: int
+    epochs: int = 1
+    emulated_rows: int = 60
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is run. `seconds` is per cell (target × model × load); times in seconds, memory in MiB."""
+
+    schema: int = 1
+    seed: int = 1
+    quick: bool = False
+    models: tuple[str, ...] = MODELS
+    loads: tuple[str, ...] = ("closed-1", "closed-16")
+    block_s: float = 1.0
+    seconds: float = 20.0
+    emulated_seconds: float = 5.0
+    warmup_s: float = 2.0
+    rows: int = 1
+    check: int = 10
+    threads: int = 1
+    boot_timeout_s: float = 0.0
+    request_timeout_s: float = 10.0
+    internet: bool = False
+    allow_difference: bool = False
+    only: str = ""
+    targets: tuple[dict[str, Option], ...] = ()
+    jobs: tuple[Job, ...] = ()
+
+    def specs(self) -> list[Spec]:
+        return [_spec(target) for target in self.targets]
+
+    def for_engine(self, phase: str, emulated: bool) -> dict[str, Any]:
+        """The plan as one Locust process reads it: one phase, its seconds and its time-out."""
+        values: dict[str, Any] = msgspec.to_builtins(self)
+        values["phase"] = phase
+        if emulated:
+            values["seconds"] = self.emulated_seconds
+            values["warmup_s"] = min(self.warmup_s, self.emulated_seconds / 4)
+            values["request_timeout_s"] = max(self.request_timeout_s, EMULATED_TIMEOUT_S)
+        return values
+
+    def toml(self) -> str:
+        return tomli_w.dumps(msgspec.to_builtins(self))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the targets have to fit into: host cores this process may use, memory in MiB."""
+
+    cores: tuple[int, ...]
+    mem_mib: int
+
+
+def read(path: Path | None, *, quick: bool = False) -> Plan:
+    """Read a plan file, or the plan that comes with isolatency. Raises UsageError with the line of what is wrong."""
+    if path is None:
+        path = PLANS / ("quick.toml" if quick else "full.toml")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UsageError(f"the plan {path} could not be read: {error.strerror}") from error
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"the plan {path} is not TOML: {error}") from error
+    _check_keys(path, text, values)
+    try:
+        return msgspec.convert(values, Plan)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"the plan {path} has a value of the wrong form: {error}") from error
+
+
+def _check_keys(path: Path, text: str, values: Mapping[str, Any]) -> None:
+    _check_table(path, text, "", values, Plan.__struct_fields__)
+    for number, job in enumerate(_tables(path, values, "jobs")):
+        _check_table(path, text, "jobs", job, Job.__struct_fields__, number)
+    for number, target in enumerate(_tables(path, values, "targets")):
+        kind = str(target.get("kind", ""))
+        options = KINDS[kind].options if kind in KINDS else ()
+        _check_table(path, text, "targets", target, ("name", "kind", "cpus", "mem_mib", *options), number)
+
+
+def _tables(path: Path, values: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    tables = values.get(key, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"the plan {path} wants {key} as [[{key}]] tables, found {type(tables).__name__}")
+    return tables
+
+
+def _check_table(
+    path: Path, text: str, table: str, values: Mapping[str, Any], known: Iterable[str], number: int = 0
+) -> None:
+    known = list(known)
+    for key in values:
+        if key not in known:
+            line = _line_of(text, table, number, key)
+            raise UsageError(f"{path}:{line}: unknown key {key!r}{_nearest(key, known)}")
+
+
+def _line_of(text: str, table: str, number: int, key: str) -> int:
+    """The line of `key` in the `number`-th [[table]] (the top of the file for an empty name); 1 where not found."""
+    inside, seen = table == "", -1
+    for count, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[\[?\s*([A-Za-z0-9_.-]+)", line)
+        if header:
+            if table == "" and header[1] == key:
+                return count
+            seen += header[1] == table
+            inside = header[1] == table and seen == number
+        elif inside and re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", line):
+            return count
+    return 1
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; the nearest known one is {near[0]!r}" if near else f"; known are {', '.join(known)}"
+
+
+def parse_target(text: str) -> dict[str, Option]:
+    """`[NAME=]KIND[:option=value,…]`, or `[NAME=]url:http://host:port`; a value with a comma goes in double quotes.
+
+    Raises UsageError naming the part that cannot be read.
+    """
+    head, _, tail = text.partition(":")
+    name, equals, kind = head.rpartition("=")
+    if equals and not name:
+        raise UsageError(f"the target {text!r} has an empty name; wanted [NAME=]KIND[:option=value,…]")
+    if kind not in KINDS:
+        raise UsageError(f"the target {text!r} has an unknown kind {kind!r}{_nearest(kind, list(KINDS))}")
+    target: dict[str, Option] = {"name": name or kind, "kind": kind}
+    if kind == "url":
+        return target | {"url": tail}
+    types: dict[str, type] = {"cpus": int, "mem_mib": int, **KINDS[kind].options}
+    for part in next(csv.reader([tail], quotechar='"'), []) if tail else []:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UsageError(f"the target {text!r} wants option=value, found {part!r}")
+        if key not in types:
+            raise UsageError(f"the target {text!r} has an unknown option {key!r}{_nearest(key, list(types))}")
+        target[key] = _convert(text, key, value.strip('"'), types[key])
+    return target
+
+
+def _convert(text: str, key: str, value: str, wanted: type) -> Option:
+    if wanted is bool:
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        raise UsageError(f"the target {text!r} wants {key}=true or {key}=false, found {value!r}")
+    if wanted is int:
+        if re.fullmatch(r"[0-9]{1,9}", value):
+            return int(value)
+        raise UsageError(f"the target {text!r} wants a whole number for {key}, found {value!r}")
+    return value
+
+
+def _spec(target: Mapping[str, Option]) -> Spec:
+    own = {key: value for key, value in target.items() if key not in ("name", "kind", "cpus", "mem_mib")}
+    kind = str(target.get("kind", ""))
+    name = str(target.get("name", kind))
+    cpus, mem_mib = target.get("cpus", 1), target.get("mem_mib", 512)
+    if kind not in KINDS:
+        raise UsageError(f"the target {name!r} has an unknown kind {kind!r}{_nearest(kind, list(KINDS))}")
+    for key, value in (("cpus", cpus), ("mem_mib", mem_mib)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UsageError(f"the target {name!r} wants a whole number of at least 1 for {key}, found {value!r}")
+    assert isinstance(cpus, int) and isinstance(mem_mib, int)
+    spec = Spec(name=name, kind=kind, cpus=cpus, mem_mib=mem_mib, options=own)
+    check_options(spec)
+    return spec
+
+
+def validate(plan: Plan, machine: Machine) -> None:
+    """Refuse, before anything starts, what cannot be run here. Raises UsageError; the message names the remedy."""
+    _validate_values(plan)
+    specs = plan.specs()
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two targets are called {name!r}; give one a name: NAME=KIND")
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"the target name {name!r} wants letters, digits, '.', '_' or '-', 31 at most")
+    ours = [spec for spec in specs if spec.kind != "url"]
+    for spec in ours:
+        if spec.cpus > len(machine.cores):
+            raise UsageError(
+                f"the target {spec.name!r} asks for {spec.cpus} CPUs; this machine gives {len(machine.cores)} at most"
+            )
+        if spec.mem_mib > machine.mem_mib:
+            raise UsageError(
+                f"the target {spec.name!r} asks for {spec.mem_mib} MiB; the largest that fits is {machine.mem_mib}"
+            )
+    if len({(spec.cpus, spec.mem_mib) for spec in ours}) > 1 and not plan.allow_difference:
+        found = ", ".join(f"{spec.name}: {spec.cpus} CPU, {spec.mem_mib} MiB" for spec in ours)
+        raise UsageError(f"the targets have unequal CPUs or memory ({found}); --allow-difference runs them, marked")
+
+
+def _validate_values(plan: Plan) -> None:
+    if plan.schema != 1:
+        raise UsageError(f"the plan has schema {plan.schema}; this version reads schema 1")
+    for model in plan.models:
+        if model not in MODELS:
+            raise UsageError(f"unknown model {model!r}{_nearest(model, MODELS)}")
+    for load in plan.loads:
+        if not _LOAD.fullmatch(load):
+            raise UsageError(f"unknown load {load!r}; wanted closed-N, N connections")
+    for job in plan.jobs:
+        if job.job not in ("knn", "dnn"):
+            raise UsageError(f"unknown job {job.job!r}{_nearest(job.job, ('knn', 'dnn'))}")
+    if plan.only not in ("", "batch", "load"):
+        raise UsageError(f"only is {plan.only!r}; wanted batch or load")
+    counts = {"rows": plan.rows, "threads": plan.threads}
+    for job in plan.jobs:
+        counts |= {f"{job.job}.{key}": getattr(job, key) for key in ("repeats", "rows", "epochs", "emulated_rows")}
+    for key, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{key} is {count}; wanted at least 1")
+    for key in ("block_s", "seconds", "emulated_seconds", "request_timeout_s"):
+        value = getattr(plan, key)
+        if not 0.05 <= value <= 86400:
+            raise UsageError(f"{key} is {value:g}; wanted 0.05 to 86400 seconds")
+    if not 0 <= plan.warmup_s < plan.seconds:
+        raise UsageError(f"warmup_s is {plan.warmup_s:g}; wanted 0 or more, and less than seconds ({plan.seconds:g})")
+    if plan.check < 0 or plan.boot_timeout_s < 0:
+        raise UsageError("check and boot_timeout_s want 0 or more")
+    if not plan.models or not plan.loads:
+        raise UsageError("the plan names no model or no load; wanted at least one of each")
+
+
+def save(plan: Plan, path: Path) -> None:
+    path.write_text(plan.toml())

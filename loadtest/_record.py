@@ -1,0 +1,107 @@
+"""The run folder while a run goes on: what was found is on disk at every moment, marked partial until the end."""
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from images.errors import IsolatencyError, NotComparableError
+from images.store import Images
+from loadtest import _manifest, _samples
+from loadtest._batch import Live
+from loadtest._parity import Comparison, Facts
+from loadtest._plan import Plan
+
+
+class Record:
+    """Writes targets.json and manifest.json; `close` joins the phases' samples and blocks into one file each."""
+
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        command: Sequence[str],
+        cores: Sequence[int],
+        client_cores: Sequence[int],
+        images: Images | None,
+    ) -> None:
+        self.path = path
+        self.client_cores = tuple(client_cores)
+        self.caveats: list[str] = []
+        self.errors: list[str] = []
+        self.partial = True
+        self._plan = plan
+        self._cores = tuple(cores)
+        self._targets: list[dict[str, Any]] = []
+        self._manifest = _manifest.begin(command=command, seed=plan.seed, images=images, client_cores=client_cores)
+        if images is not None and images.loaded:
+            self.caveats.append("the images were loaded (images load), not built from this checkout")
+
+    def error(self, error: IsolatencyError) -> None:
+        self.errors.append(str(error))
+        if error.detail:
+            with (self.path / "logs" / "errors.log").open("a") as file:
+                file.write(f"{error}\n{error.detail}\n\n")
+        self.save()
+
+    def target(self, one: Live, facts: Facts, parity: Comparison) -> None:
+        """Note a target that answered. Raises NotComparableError where it differs and the plan does not allow it."""
+        spec, endpoint = facts.spec, facts.endpoint
+        self._targets.append(
+            {
+                "name": endpoint.name, "label": endpoint.label, "kind": endpoint.kind, "accel": endpoint.accel,
+                "emulated": endpoint.emulated, "cpus": spec.cpus, "mem_mib": spec.mem_mib,
+                "cores": [] if endpoint.kind == "url" else list(self._cores[-spec.cpus :]),
+                "identity": endpoint.identity, "ready_s": endpoint.ready_s,
+                "first_prediction_ms": endpoint.first_prediction_ms, "host_memory_mib": None,
+                "options": dict(spec.options),
+                "caveats": [*endpoint.caveats, *parity.caveats],
+                "parity": {"differences": parity.differences},
+            }
+        )  # fmt: skip
+        self.save()
+        if parity.differences and not self._plan.allow_difference:
+            raise NotComparableError(
+                f"parity is broken, nothing was compared: {'; '.join(parity.differences)}; "
+                "--allow-difference measures all the same and marks every table"
+            )
+
+    def memory(self, one: Live) -> None:
+        """Sum of PSS over the target's processes on the host, in MiB; shared memory counts once in all."""
+        total = 0
+        for pid in one.target.pids():
+            try:
+                total += psutil.Process(pid).memory_full_info().pss
+            except psutil.NoSuchProcess:
+                continue
+        for target in self._targets:
+            if target["name"] == one.endpoint.name and one.endpoint.kind != "url":
+                target["host_memory_mib"] = round(total / 2**20, 1)
+        self.save()
+
+    def save(self) -> None:
+        values = {**self._manifest, "caveats": self.caveats, "errors": self.errors, "partial": self.partial}
+        _write(self.path / "targets.json", self._targets)
+        _write(self.path / "manifest.json", values)
+
+    def close(self) -> None:
+        _samples.join(self.path)
+        self._manifest |= _manifest.end()
+        self._manifest["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self.save()
+
+    def measured(self) -> bool:
+        return any((self.path / name).exists() for name in ("samples.parquet", "batch.csv"))
+
+
+def _write(path: Path, value: Any) -> None:
+    fresh = path.with_suffix(".part")
+    with fresh.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2))
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)

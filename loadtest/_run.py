@@ -1,0 +1,255 @@
+"""The pipeline of a run, top to bottom: targets up, parity, load, batch, targets down, run folder, report."""
+
+import os
+import secrets
+import signal
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hostsetup import kvm
+from hostsetup.kinds import KINDS, make
+from hostsetup.ledger import Ledger, run_lock
+from hostsetup.target import Context, Spec
+from images import shell, store
+from images.errors import IsolatencyError, NotComparableError
+from loadtest import _batch, _parity, _report
+from loadtest._batch import Live
+from loadtest._drive import drive
+from loadtest._plan import Machine, Plan, save, validate
+from loadtest._record import Record
+
+SPARE_MIB = 1024  # what the host itself and the load client keep
+NESTED_MIB = 2048  # the emulated host around a nested Firecracker
+START_S = {"process": 2, "docker": 3, "uml": 4, "qemu": 10, "firecracker": 40, "url": 1}
+SLOW_S = {"knn": 15, "dnn": 15}  # an emulated batch job, very roughly; said as "about"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Targets that are up together: all that are not emulated, or one emulated one by itself."""
+
+    name: str
+    specs: tuple[Spec, ...]
+    emulated: bool
+
+
+@dataclass
+class Show:
+    """What the run tells while it goes: a line for a step, and the share done of the load."""
+
+    step: Callable[[str], None] = lambda text: None
+    progress: Callable[[float, float], None] = lambda done, total: None
+    notes: list[str] = field(default_factory=list)
+
+
+def machine() -> Machine:
+    """What this machine can give to a target: the cores this process may use, and memory less what the host keeps."""
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    return Machine(cores, max(psutil.virtual_memory().total // 2**20 - SPARE_MIB, 64))
+
+
+def split_cores(cores: Sequence[int], cpus: int) -> tuple[tuple[int, ...], tuple[int, ...], str]:
+    """Cores for the targets (the last `cpus`), those for the load client, and a caveat where they are shared."""
+    targets, client = tuple(cores[-cpus:]), tuple(cores[:-cpus])
+    if client:
+        return targets, client, ""
+    return targets, tuple(cores), f"the load client shares the targets' cores: this machine has {len(cores)} in all"
+
+
+def phases(plan: Plan, kvm_boots: bool) -> list[Phase]:
+    """Emulated targets load the machine even when idle, so each is measured by itself, after the others are down."""
+    emulated = [spec for spec in plan.specs() if KINDS[spec.kind].emulated(spec, kvm_boots)]
+    native = tuple(spec for spec in plan.specs() if spec not in emulated)
+    found = [Phase("native", native, False)] if native else []
+    return found + [Phase(spec.name, (spec,), True) for spec in emulated]
+
+
+def estimate_s(plan: Plan, phase: Phase) -> float:
+    """About how long a phase takes, in seconds: what the run says at its start, and a third of its bound."""
+    cells = len(plan.models) * len(plan.loads)
+    load = 0.0 if plan.only == "batch" else cells * (plan.emulated_seconds * 2 if phase.emulated else plan.seconds)
+    batch = 0.0
+    if plan.only != "load":
+        for job in plan.jobs:
+            cost = 1.5 * job.rows / 569 if job.job == "knn" else 0.0022 * job.rows * job.epochs
+            batch += SLOW_S[job.job] if phase.emulated else (cost + 0.7) * job.repeats
+    return sum(START_S[spec.kind] + load + batch for spec in phase.specs)
+
+
+def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[Path | None, int]:
+    """Run the plan and return the run folder and the exit code; what was measured is kept in every case.
+
+    Raises IsolatencyError only before anything was started. A dry run prints what it would do, and has no folder.
+    """
+    here = machine()
+    validate(plan, here)
+    own = [spec for spec in plan.specs() if spec.kind != "url"]
+    images = store.current() if own else None
+    dry = shell.dry_run()
+    with (
+        nullcontext() if dry else run_lock(),
+        _terminated_as_interrupted(),
+        Ledger.open("run", " ".join(spec.name for spec in plan.specs())) as ledger,
+    ):
+        cores, client, shared = split_cores(here.cores, max((spec.cpus for spec in own), default=1))
+        todo = phases(plan, _kvm(own, images, ledger))
+        for phase in todo:
+            _check_memory(phase, here)
+        total = sum(estimate_s(plan, phase) for phase in todo)
+        show.step(f"{len(plan.targets)} targets, about {max(total / 60, 0.5):.1g} minutes")
+        args = [word for model in plan.models for word in ("--model", model)]
+        args += ["--threads", str(plan.threads), *([] if plan.only == "load" else ["--jobs"])]
+        context = Context(ledger, images, cores, tuple(args), out, plan.boot_timeout_s or None, plan.internet)
+        if dry:
+            _dry_run(todo, context)
+            return None, 0
+        record = Record(_new_folder(out), plan, command, cores, client, images)
+        record.caveats += [shared] * bool(shared)
+        return record.path, _run_phases(plan, todo, replace(context, logs=record.path / "logs"), record, show)
+
+
+def _kvm(own: Sequence[Spec], images: store.Images | None, ledger: Ledger) -> bool:
+    """Whether KVM boots a guest here; tried once where some target would use it."""
+    if images is None or not any(KINDS[spec.kind].wants_kvm for spec in own):
+        return False
+    known = kvm.kvm_boots(images)
+    return kvm.trial(images, ledger) if known is None and not shell.dry_run() else bool(known)
+
+
+def _check_memory(phase: Phase, here: Machine) -> None:
+    wanted = sum(spec.mem_mib for spec in phase.specs if spec.kind != "url")
+    wanted += NESTED_MIB if phase.emulated and phase.specs[0].kind == "firecracker" else 0
+    if wanted > here.mem_mib:
+        raise IsolatencyError(
+            f"the targets that are up together ({', '.join(spec.name for spec in phase.specs)}) need {wanted} MiB; "
+            f"{here.mem_mib} MiB is the most that fits: lower mem_mib, or run fewer targets"
+        )
+
+
+def _dry_run(todo: Sequence[Phase], context: Context) -> None:
+    for phase in todo:
+        for spec in phase.specs:
+            shell.say(f"start the target {spec.name} ({spec.kind}), {spec.cpus} CPU, {spec.mem_mib} MiB:")
+            with make(spec, context):
+                shell.say(f"check its answers, load it and take {spec.name} down:")
+
+
+def _new_folder(out: Path) -> Path:
+    path = out / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    try:
+        (path / "logs").mkdir(parents=True)
+    except OSError as error:
+        raise IsolatencyError(f"the run folder {path} could not be made: {error.strerror}; choose --out") from error
+    return path
+
+
+def _run_phases(plan: Plan, todo: Sequence[Phase], context: Context, record: Record, show: Show) -> int:
+    code = 0
+    save(plan, record.path / "plan.toml")
+    record.save()
+    reference: _parity.Facts | None = None
+    try:
+        for phase in todo:
+            try:
+                reference = _run_phase(plan, phase, context, record, reference, show)
+            except NotComparableError:
+                raise
+            except IsolatencyError as error:
+                record.error(error)
+                show.step(f"error: {error}")
+        code = 1 if record.errors else 0
+        record.partial = bool(record.errors)
+    except KeyboardInterrupt:
+        record.errors.append("interrupted; what was measured until then is kept")
+        code = 130
+    except IsolatencyError as error:
+        record.error(error)
+        show.step(f"error: {error}")
+        code = error.exit_code
+    record.close()
+    if record.measured():
+        summary = _report.write(record.path)
+        code = code or int(any(cell.failures for cell in summary.cells))
+        _point_latest(record.path)
+    return code
+
+
+def _run_phase(
+    plan: Plan, phase: Phase, context: Context, record: Record, reference: _parity.Facts | None, show: Show
+) -> _parity.Facts | None:
+    """One phase; returns the parity reference, which is the first target of the run that came up."""
+    with ExitStack() as stack:
+        stack.push(_hurry(context.ledger))
+        live: list[Live] = []
+        for spec in phase.specs:
+            show.step(f"starting {spec.name}")
+            target = make(spec, context)
+            try:
+                live.append(Live(target, stack.enter_context(target)))
+            except IsolatencyError as error:
+                record.error(error)
+                show.step(f"error: {error}")
+        if not live:
+            return reference
+        timeout_s = float(plan.for_engine(phase.name, phase.emulated)["request_timeout_s"])
+        for one in live:
+            show.step(f"comparing the answers of {one.endpoint.label}")
+            facts = _parity.ask(one.endpoint, one.target.spec, plan.models, timeout_s)
+            reference = reference or facts
+            record.target(one, facts, _parity.compare(reference, facts))
+        if plan.only != "batch":
+            show.step(f"load on {', '.join(one.endpoint.label for one in live)}")
+            bound_s = 120 + 5 * estimate_s(plan, phase)
+            drive(
+                plan, phase.name, live, folder=record.path, ledger=context.ledger, cores=record.client_cores,
+                bound_s=bound_s, progress=lambda at: show.progress(at["done_s"], at["total_s"]),
+            )  # fmt: skip
+        for one in live:
+            record.memory(one)
+        if plan.only != "load":
+            with_jobs = [one for one in live if one.endpoint.identity is not None and one.endpoint.kind != "url"]
+            if with_jobs:
+                _batch.run_jobs(plan, with_jobs, record.path / "batch.csv", show.step)
+        show.step(f"taking down {', '.join(one.endpoint.label for one in live)}")
+    return reference
+
+
+def _hurry(ledger: Ledger) -> Callable[..., None]:
+    """An exit callback, run before the targets' own: after a Ctrl-C nothing is asked nicely, all goes at once."""
+
+    def leave(kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            ledger.remove_all()
+
+    return leave
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM and SIGINT end a run in the same way, once: a second one must not cut the way down short."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _point_latest(path: Path) -> None:
+    latest = path.parent / "latest"
+    fresh = path.parent / f".latest-{path.name}"
+    fresh.symlink_to(path.name)
+    fresh.replace(latest)
