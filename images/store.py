@@ -1,15 +1,40 @@
-"""Where built images lie: `ISOLATENCY_CACHE` (default ~/.cache/isolatency), and which ones are current."""
+"""Where built images lie: `ISOLATENCY_CACHE` (default ~/.cache/isolatency), and which ones are current.
 
+builds/NAME/        one build each; images.json says what it is
+current             symlink to one of them, switched in one step
+debian/ wheels/ firecracker/    what was downloaded
+tmp/                what is being made; whatever a killed build left there is removed by the next one
+lock                held by the build, load or sweep under way
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
+
+from images.errors import MissingError
+
+HERE = Path(__file__).parent
+SERVER = HERE.parent / "server"
+SHAPING = (
+    "pins.toml", "server.env", "guest-init", "initramfs-init", "debian.py", "ext4.py", "kernel.py", "tree.py",
+)  # fmt: skip
+FILES = ("tree.tar", "root.ext4", "vmlinux", "initrd.cpio", "linux.uml", "packages.lock")
+BUILD = "`isolatency images build`"
 
 
 @dataclass(frozen=True)
 class Images:
     """One build: the same tree in every form that a target needs. All paths exist.
 
-    `key` is the digest of what the build was made from (pins, server/, guest-init, build.py), `tree_sha256` that of
-    the canonical tar, `loaded` says that it came by `images load` and may be of other sources than this checkout.
+    `key` is the digest of what the build was made from (pins, server/, guest-init, the modules that shape the tree),
+    `tree_sha256` that of the canonical tar, `loaded` says that it came by `images load` and may be of other sources
+    than this checkout. `digests` holds the sha256 of every file of FILES, by name.
     """
 
     root: Path
@@ -45,3 +70,142 @@ class Images:
     @property
     def lock(self) -> Path:
         return self.root / "packages.lock"
+
+
+def cache_dir() -> Path:
+    """All that is built or downloaded lies below this folder."""
+    named = os.environ.get("ISOLATENCY_CACHE")
+    return Path(named).absolute() if named else Path.home() / ".cache" / "isolatency"
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def server_files() -> list[Path]:
+    """The server's files that go into the tree, relative to server/: all but bytecode and hidden ones, sorted."""
+
+    def goes(path: Path) -> bool:
+        return not any(part == "__pycache__" or part.startswith(".") for part in path.parts) and path.suffix != ".pyc"
+
+    found = (path.relative_to(SERVER) for path in SERVER.rglob("*") if path.is_file())
+    return sorted(path for path in found if goes(path))
+
+
+def source_key() -> str:
+    """The digest of everything in this checkout that shapes the images: a changed server needs a build."""
+    digest = hashlib.sha256()
+    files = [HERE / name for name in SHAPING] + [SERVER / path for path in server_files()]
+    for path in files:
+        digest.update(f"{path.relative_to(HERE.parent)} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def server_env() -> dict[str, str]:
+    """The one explicit environment of every target, as it stands in the tree's /opt/app/env."""
+    lines = (HERE / "server.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line)
+
+
+def read(root: Path) -> Images | None:
+    """The build in this folder; None where there is none, or not a whole one."""
+    try:
+        record = json.loads((root / "images.json").read_text())
+        images = Images(root, record["key"], record["tree_sha256"], bool(record["loaded"]), dict(record["digests"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    whole = images.tree.is_dir() and all((root / name).is_file() for name in FILES)
+    return images if whole else None
+
+
+def current() -> Images:
+    """The current images. Raises MissingError, naming the command, where there are none or they are of older sources.
+
+    Loaded ones are returned whatever they were made from: whoever loads an older build means it.
+    """
+    link = cache_dir() / "current"
+    images = read(link.resolve()) if link.is_symlink() else None
+    if images is None:
+        raise MissingError(f"no images are built yet below {cache_dir()}; run {BUILD}")
+    if not images.loaded and images.key != source_key():
+        raise MissingError(f"the images are older than server/ and images/ of this checkout; run {BUILD}")
+    return images
+
+
+def publish(made: Path, key: str, tree_sha256: str, loaded: bool, digests: dict[str, str]) -> Images:
+    """Move a finished build from tmp/ to its place and make it current, each in one step. Hold the lock.
+
+    Two builds of the same sources may differ in Debian's packages, so the tree's digest is part of the name.
+    """
+    record = {"schema": 1, "key": key, "tree_sha256": tree_sha256, "loaded": loaded, "digests": digests}
+    (made / "images.json").write_text(json.dumps(record, indent=1) + "\n")
+    kind = "loaded" if loaded else "built"
+    place = cache_dir() / "builds" / f"{kind}-{key[:12]}-{tree_sha256[:12]}"
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():  # the same thing again, or what is left of it
+        place.rename(made.parent / f"old-{place.name}")
+    made.rename(place)
+    switch(place)
+    images = read(place)
+    assert images is not None
+    return images
+
+
+def switch(place: Path) -> None:
+    """Make the build in `place` the current one."""
+    new = cache_dir() / "tmp" / "current"
+    new.unlink(missing_ok=True)
+    new.symlink_to(Path("builds") / place.name)
+    new.rename(cache_dir() / "current")
+
+
+def forget_old_builds(keep: int = 3) -> None:
+    """Remove all but the newest builds: each takes half a gigabyte. A kept target may still run from a recent one."""
+    builds = sorted((cache_dir() / "builds").iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in builds[keep:]:
+        if path != (cache_dir() / "current").resolve():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def scratch(say: Callable[[str], None]) -> Iterator[Path]:
+    """A temporary folder in tmp/ while the cache's lock is held; waits, saying so, while another holds it."""
+    root = cache_dir()
+    (root / "tmp").mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        try:
+            flock(lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another build or load of images to end")
+            flock(lock, LOCK_EX)
+        _empty_tmp()
+        path = root / "tmp" / f"{os.getpid()}"
+        path.mkdir()
+        try:
+            yield path
+        finally:
+            _empty_tmp()
+
+
+def sweep() -> list[str]:
+    """Remove what a killed build left; returns sentences of what was removed. A build under way is left alone."""
+    root = cache_dir()
+    if not (root / "tmp").is_dir():
+        return []
+    with (root / "lock").open("w") as lock:
+        try:
+            flock(lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            return []
+        return [f"the unfinished build {path}" for path in _empty_tmp()]
+
+
+def _empty_tmp() -> list[Path]:
+    left = list((cache_dir() / "tmp").iterdir())
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return left
