@@ -1,0 +1,101 @@
+"""Plain Locust: one target, one model, as many connections as there are Locust users, until the test is stopped."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from images.errors import UsageError
+from loadtest import _preflight, _rows, _samples, _tally
+from loadtest._connection import Connection, Work, resolve
+from loadtest._engine import Engine, in_thread
+from loadtest._samples import Where
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line or the page gave, checked."""
+
+    host: str
+    model: str
+    rows: int
+    check: int
+    seed: int
+    samples: Path | None
+    request_timeout_s: float
+    data: Path
+
+
+def options(host: str | None, parsed: Any) -> Options:
+    """From Locust's host and its parsed options. Raises UsageError naming the option."""
+    if not host:
+        raise UsageError("no host was given; wanted --host http://ADDRESS:PORT (`isolatency ps` lists what is up)")
+    for name, value, least in (("rows", parsed.rows, 1), ("check", parsed.check, 0), ("seed", parsed.seed, 0)):
+        if value < least:
+            raise UsageError(f"--{name} is {value}; wanted at least {least}")
+    if not 0 < parsed.request_timeout <= 86400:
+        raise UsageError(f"--request-timeout is {parsed.request_timeout:g}; wanted seconds, more than 0")
+    samples = Path(parsed.samples) if parsed.samples else None
+    if samples is not None and samples.suffix not in (".parquet", ".csv"):
+        raise UsageError(f"--samples is {parsed.samples!r}; wanted a name that ends in .parquet or .csv")
+    data = Path(parsed.data) if parsed.data else _rows.DATA
+    return Options(
+        host.rstrip("/"), parsed.model, parsed.rows, parsed.check, parsed.seed, samples, parsed.request_timeout, data
+    )
+
+
+class Load:
+    """One test, from its start to its stop. Raises IsolatencyError while it is made if the test cannot be run."""
+
+    def __init__(self, wanted: Options, stats: Any, worker: int | None) -> None:
+        self._address = resolve(wanted.host)
+        queries = _rows.prepare(_rows.load(wanted.model, wanted.data), wanted.rows, wanted.seed)
+        _preflight.check(self._address, wanted.model, queries.width)
+        self._work = Work(self._address, queries, wanted.check)
+        self._stats = stats
+        self._where = Where(self._address.authority, wanted.model, "closed", worker=worker or 0)
+        self._name = f"{self._address.authority}/{wanted.model}"
+        self._numbers: set[int] = set()
+        self._writer: _samples.ParquetWriter | _samples.CsvWriter | None = None
+        if wanted.samples is not None:
+            path = wanted.samples
+            if worker is not None:  # one file per process
+                path = path.with_name(f"{path.stem}-{worker}{path.suffix}")
+            self._writer = _samples.open_writer(path)
+        self.unchecked = bool(wanted.check) and not self._work.checker.possible
+
+    def add_user(self) -> Connection:
+        """A connection for one more user, with the lowest number that is free."""
+        number = next(n for n in range(len(self._numbers) + 1) if n not in self._numbers)
+        self._numbers.add(number)
+        made = Connection(self._address, number, self._work)
+        made.query = number * 37 % len(self._work.requests)
+        return made
+
+    def remove_user(self, connection: Connection) -> None:
+        self._numbers.discard(connection.number)
+
+    def flush(self, engine: Engine, *, count: bool = True) -> None:
+        """Hand what was recorded to Locust's statistics (unless `count` is false) and to the samples.
+
+        The file is written in a thread of its own: meanwhile the load goes on. Raises IsolatencyError.
+        """
+        raw = engine.take()
+        if not len(raw):
+            return
+        if count:
+            _tally.add(self._stats, self._name, raw, time.time_ns() - time.monotonic_ns())
+        if self._writer is not None:
+            in_thread(self._write, self._writer, raw)
+
+    def _write(self, writer: _samples.ParquetWriter | _samples.CsvWriter, raw: np.ndarray[Any, Any]) -> None:
+        table: pa.Table = _samples.table(raw, self._where)
+        writer.add(table)
+
+    def close(self) -> None:
+        """Raises IsolatencyError when the samples cannot be written to their end."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,60 @@
+"""Before the first request of a test: is there a server, is it one of ours, does it have the model."""
+
+import http.client
+import json
+from typing import Any
+
+from images.errors import TargetError
+from loadtest._connection import Address
+
+TIMEOUT_S = 10.0
+
+
+def check(address: Address, model: str, width: int, timeout_s: float = TIMEOUT_S) -> None:
+    """Raise TargetError with one line unless the server has `model`, and it takes rows of `width` values."""
+    base = f"http://{address.authority}{address.path}"
+    status, answer = _get(base, address, f"/v2/models/{model}", timeout_s)
+    if status != 200:
+        known, server = _get(base, address, "/v2", timeout_s)
+        if 300 <= status < 400:
+            raise TargetError(f"{base} redirects (status {status}); give the address that answers itself")
+        if known == 200 and isinstance(server, dict) and "name" in server:
+            raise TargetError(
+                f"the server at {base} does not know the model {model!r} (status {status}); "
+                f"choose another --model, or start it with --model {model}"
+            )
+        raise TargetError(
+            f"the server at {base} does not speak the Open Inference Protocol: GET /v2/models/{model} "
+            f"was answered {status} and GET /v2 {known}; give the address of an inference server"
+        )
+    try:
+        shape = answer["inputs"][0]["shape"]
+        wanted = int(shape[-1])
+    except (TypeError, KeyError, IndexError, ValueError):
+        raise TargetError(
+            f"the server at {base} answered GET /v2/models/{model}, but without the model's inputs: "
+            "it does not speak the Open Inference Protocol"
+        ) from None
+    if wanted not in (-1, width):
+        raise TargetError(f"{model} at {base} takes rows of {wanted} values, the query rows have {width}; see --data")
+
+
+def _get(base: str, address: Address, path: str, timeout_s: float) -> tuple[int, Any]:
+    """Status and JSON body (None where it is no JSON). Raises TargetError when no answer comes."""
+    host, port = address.sockaddr[:2]
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    try:
+        connection.request("GET", address.path + path, headers={"Host": address.authority})
+        answer = connection.getresponse()
+        body = answer.read(1 << 20)
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(error) or type(error).__name__
+        raise TargetError(
+            f"no server answers at {base}: {reason}; start one (`isolatency up` prints its URL) or give another --host"
+        ) from error
+    finally:
+        connection.close()
+    try:
+        return answer.status, json.loads(body)
+    except ValueError:
+        return answer.status, None

@@ -1,0 +1,294 @@
+"""The raw samples: one row per request, streamed to Parquet or CSV, and one CSV row per block.
+
+All `_ns` columns are CLOCK_MONOTONIC of the machine that sent the requests. A failed request keeps its row: it has an
+`outcome` other than "ok" and no `received_ns`. `pandas.read_parquet` is enough to read the file.
+"""
+
+import csv
+import errno
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from images.errors import IsolatencyError, UsageError
+
+OUTCOMES = ("ok", "wrong_status", "wrong_answer", "timeout", "reset", "refused", "garbled")
+OK, WRONG_STATUS, WRONG_ANSWER, TIMEOUT, RESET, REFUSED, GARBLED = range(len(OUTCOMES))
+
+# The columns of a raw row, as the engine writes them: int64 of shape (n, 8). ENDED is when the outcome was known.
+CONNECTION, SENT, FIRST, ENDED, OUTCOME, STATUS, BYTES_OUT, BYTES_IN = range(8)
+FIELDS = 8
+Raw = NDArray[np.int64]
+
+_NAME = pa.dictionary(pa.int16(), pa.string())
+SCHEMA = pa.schema(
+    [
+        ("restart", pa.int16()),
+        ("round", pa.int32()),
+        ("block", pa.int32()),
+        ("target", _NAME),
+        ("model", _NAME),
+        ("load", _NAME),
+        ("worker", pa.int16()),
+        ("connection", pa.int16()),
+        ("intended_ns", pa.int64()),
+        ("sent_ns", pa.int64()),
+        ("first_byte_ns", pa.int64()),  # null where no byte came
+        ("received_ns", pa.int64()),  # null where the request failed
+        ("status", pa.int16()),  # 0 where none came
+        ("outcome", _NAME),
+        ("bytes_out", pa.int32()),
+        ("bytes_in", pa.int32()),
+        ("warmup", pa.bool_()),
+    ]
+)
+BLOCK_COLUMNS = (
+    "restart", "round", "block", "target", "model", "load",
+    "start_ns", "end_ns", "drained_ns", "warmup", "host_cpu_us", "client_cpu_us",
+)  # fmt: skip
+
+ROW_GROUP = 65_536  # 7 MB in memory: what a run holds at most, however long it is
+_PARTIAL = b"isolatency.partial"
+_FOOTER_BYTES = 1024 * 1024
+
+
+class Where(NamedTuple):
+    """What the requests of one block have in common. A closed loop is one block; plain Locust has just one."""
+
+    target: str
+    model: str
+    load: str
+    restart: int = 0
+    round: int = 0
+    block: int = 0
+    worker: int = 0
+    warmup: bool = False
+
+
+def table(raw: Raw, where: Where) -> pa.Table:
+    """Raw rows, shape (n, FIELDS), as a table of SCHEMA. In a closed loop a request is intended when it is sent."""
+    n = len(raw)
+    failed = raw[:, OUTCOME] != OK
+    outcome = pa.DictionaryArray.from_arrays(pa.array(raw[:, OUTCOME].astype(np.int16)), pa.array(OUTCOMES))
+    columns = [
+        _same(n, where.restart, pa.int16()),
+        _same(n, where.round, pa.int32()),
+        _same(n, where.block, pa.int32()),
+        _same_name(n, where.target),
+        _same_name(n, where.model),
+        _same_name(n, where.load),
+        _same(n, where.worker, pa.int16()),
+        pa.array(raw[:, CONNECTION].astype(np.int16)),
+        pa.array(raw[:, SENT]),
+        pa.array(raw[:, SENT]),
+        pa.array(raw[:, FIRST], mask=raw[:, FIRST] == 0),
+        pa.array(raw[:, ENDED], mask=failed),
+        pa.array(raw[:, STATUS].astype(np.int16)),
+        outcome,
+        pa.array(raw[:, BYTES_OUT].astype(np.int32)),
+        pa.array(raw[:, BYTES_IN].astype(np.int32)),
+        _same(n, where.warmup, pa.bool_()),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _same(n: int, value: object, kind: pa.DataType) -> pa.Array:
+    return pa.repeat(pa.scalar(value, kind), n)
+
+
+def _same_name(n: int, value: str) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, dtype=np.int16)), pa.array([value]))
+
+
+class ParquetWriter:
+    """Streams tables of SCHEMA into row groups.
+
+    Disk space for a row group and for the footer is reserved before either is written, so that a disk that fills up
+    leaves a file that can be read, with every row group before the one that did not fit.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
+        with _naming(path):
+            self._file = path.open("wb")
+            self._reserve(0)
+            self._writer = pq.ParquetWriter(self._file, SCHEMA, compression="lz4")
+
+    def add(self, rows: pa.Table) -> None:
+        """Raises IsolatencyError when the file cannot take it; what was written before stays readable."""
+        self._waiting.append(rows)
+        self._rows += len(rows)
+        if self._rows >= ROW_GROUP:
+            self._flush()
+
+    def close(self, *, partial: bool = False) -> None:
+        """Write the rest and the footer; may be called again. Raises IsolatencyError, with the file closed."""
+        if self._file.closed:
+            return
+        try:
+            self._flush()
+        finally:
+            self._finish(partial)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        rows = pa.concat_tables(self._waiting).unify_dictionaries()
+        self._waiting, self._rows = [], 0
+        with _naming(self.path):
+            self._reserve(rows.nbytes + rows.nbytes // 4)
+            self._writer.write_table(rows, row_group_size=len(rows))
+
+    def _finish(self, partial: bool) -> None:
+        with _naming(self.path):
+            if partial:
+                self._writer.add_key_value_metadata({_PARTIAL: b"true"})
+            self._writer.close()
+            self._file.flush()
+            os.truncate(self._file.fileno(), self._file.tell())
+            self._file.close()
+
+    def _reserve(self, size: int) -> None:
+        self._file.flush()
+        os.posix_fallocate(self._file.fileno(), self._file.tell(), size + _FOOTER_BYTES)
+
+
+class CsvWriter:
+    """The same rows as CSV; a full disk leaves whole lines only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _naming(path):
+            self._file = path.open("wb")
+        self._append(",".join(SCHEMA.names).encode() + b"\n")
+
+    def add(self, rows: pa.Table) -> None:
+        """Raises IsolatencyError when the file cannot take it."""
+        text = io.BytesIO()
+        plain = rows.cast(
+            pa.schema([pa.field(f.name, pa.string() if pa.types.is_dictionary(f.type) else f.type) for f in SCHEMA])
+        )
+        pa_csv.write_csv(plain, text, pa_csv.WriteOptions(include_header=False, quoting_style="none"))
+        self._append(text.getvalue())
+
+    def close(self, *, partial: bool = False) -> None:
+        """A CSV file has no place for a mark: the exit code and the log say that it is partial."""
+        self._file.close()
+
+    def _append(self, data: bytes) -> None:
+        _append(self._file, self.path, data)
+
+
+def open_writer(path: Path) -> ParquetWriter | CsvWriter:
+    """A writer by the file's ending. Raises UsageError for another one than .parquet and .csv."""
+    if path.suffix == ".parquet":
+        return ParquetWriter(path)
+    if path.suffix == ".csv":
+        return CsvWriter(path)
+    raise UsageError(f"samples are written as .parquet or .csv; found {path.name!r}")
+
+
+class BlockWriter:
+    """blocks-PHASE.csv: one line per block, on disk as soon as the block is over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _naming(path):
+            self._file = path.open("wb")
+        self._line(BLOCK_COLUMNS)
+
+    def add(
+        self, where: Where, start_ns: int, end_ns: int, drained_ns: int, host_cpu_us: int | None, client_cpu_us: int
+    ) -> None:
+        """`host_cpu_us` None: unknown, an empty field. Raises IsolatencyError when the file cannot take it."""
+        self._line(
+            (where.restart, where.round, where.block, where.target, where.model, where.load,
+             start_ns, end_ns, drained_ns, where.warmup, host_cpu_us, client_cpu_us)
+        )  # fmt: skip
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _line(self, values: Iterable[object]) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(values)
+        _append(self._file, self.path, text.getvalue().encode())
+
+
+def _append(file: IO[bytes], path: Path, data: bytes) -> None:
+    """Write and flush; where that fails, take back the part that was written."""
+    start = file.tell()
+    with _naming(path):
+        try:
+            file.write(data)
+            file.flush()
+        except OSError:
+            os.truncate(path, start)
+            raise
+
+
+class _naming:
+    """Turns an OSError into the one line that names the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "free some space or choose another place" if full else "choose another place"
+            raise IsolatencyError(
+                f"could not write {self._path}: {reason}; what was measured before is in it: {remedy}"
+            ) from error
+
+
+def join(run: Path) -> list[str]:
+    """Make samples.parquet and blocks.csv of the phases' samples-PHASE.parquet and blocks-PHASE.csv, and remove those.
+
+    Row groups are copied one by one, so that memory does not grow. A part that cannot be read (its writer was killed)
+    stays where it is; the sentences returned name it. Nothing is written where there are no parts.
+    """
+    sentences: list[str] = []
+    parts: list[tuple[Path, pq.ParquetFile]] = []
+    for path in sorted(run.glob("samples-*.parquet")):
+        try:
+            parts.append((path, pq.ParquetFile(path)))
+        except (OSError, pa.ArrowException) as error:
+            sentences.append(f"{path.name} could not be read and is left as it is: {error}")
+    if parts:
+        writer = ParquetWriter(run / "samples.parquet")
+        for _, part in parts:
+            for group in range(part.num_row_groups):
+                writer.add(part.read_row_group(group).cast(SCHEMA))
+        writer.close(partial=any(is_partial(path) for path, _ in parts))
+        for path, part in parts:
+            part.close()
+            path.unlink()
+    blocks = sorted(run.glob("blocks-*.csv"))
+    if blocks:
+        with _naming(run / "blocks.csv"), (run / "blocks.csv").open("w") as out:
+            out.write(",".join(BLOCK_COLUMNS) + "\n")
+            for path in blocks:
+                out.writelines(path.read_text().splitlines(keepends=True)[1:])
+        for path in blocks:
+            path.unlink()
+    return sentences
+
+
+def is_partial(path: Path) -> bool:
+    """Whether the samples in the Parquet file `path` were cut short. Raises OSError or pa.ArrowException."""
+    metadata: dict[bytes, bytes] | None = pq.read_metadata(path).metadata
+    return metadata is not None and metadata.get(_PARTIAL) == b"true"
