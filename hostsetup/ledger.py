@@ -240,7 +240,8 @@ def run_lock() -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise IsolatencyError(
-                "another run is under way on this machine and would disturb this one; wait for it, or `isolatency clean --all`"
+                "another run is under way on this machine and would disturb this one; "
+                "wait for it, or end it: `isolatency clean --all`"
             ) from None
         yield
 
@@ -411,9 +412,16 @@ def _remove_rule(entry: dict[str, Any], owner: str) -> bool:
 
 
 def _remove_sysctl(entry: dict[str, Any], owner: str) -> bool:
+    """Restore the old value, unless another owner in the same namespace still needs the new one."""
     inside = in_netns(entry["netns"])
     if inside is None:
         return False
+    for other in owners():
+        if other.id != owner and any(
+            (found["kind"], found.get("name"), found.get("netns")) == ("sysctl", entry["name"], entry["netns"])
+            for found in other.entries.values()
+        ):
+            return False
     shell.run([*inside, "sysctl", "-q", "-w", f"{entry['name']}={entry['value']}"])
     return True
 
