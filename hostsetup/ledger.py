@@ -172,7 +172,7 @@ def clean(everything: bool = False) -> tuple[list[str], list[str]]:
     left: list[str] = []
     for owner in owners():
         if owner.alive and everything:
-            _end_owner(owner)
+            end_owner(owner)
             removed.append(f"{owner.what} {owner.name} ({owner.id})")
             with contextlib.suppress(FileNotFoundError):
                 owner = _read(owner.path)
@@ -205,7 +205,7 @@ def _remove_dead(owner: Owner) -> list[str]:
     return said
 
 
-def _end_owner(owner: Owner) -> None:
+def end_owner(owner: Owner) -> None:
     """Ask a live owner to end, then make it: its file's lock tells when it is gone."""
     for number, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, GONE_S)):
         for pid in _holders(owner.path):

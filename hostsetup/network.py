@@ -93,7 +93,7 @@ def _refuse_foreign(slot: Slot) -> None:
     for route in routes:
         if route["dst"] != "default" and ipaddress.ip_network(route["dst"], strict=False).overlaps(wanted):
             raise IsolatencyError(
-                f"the guest wants {slot.network}, and the route {route['dst']} dev {route.get('dev', '?')} overlaps it; "
+                f"the guest wants {slot.network}, and the route to {route['dst']} overlaps it; "
                 "remove that route, or run in `isolatency sandbox`"
             )
 

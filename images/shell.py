@@ -79,15 +79,15 @@ def spawn(
     argv: Sequence[str | Path],
     *,
     env: Mapping[str, str] | None = None,
-    stdout: IO[bytes] | int = subprocess.DEVNULL,
-    stderr: IO[bytes] | int = subprocess.STDOUT,
-    stdin: IO[bytes] | int = subprocess.DEVNULL,
+    stdout: IO[bytes] | int | None = subprocess.DEVNULL,
+    stderr: IO[bytes] | int | None = subprocess.STDOUT,
+    stdin: IO[bytes] | int | None = subprocess.DEVNULL,
     cwd: Path | None = None,
     new_session: bool = True,
 ) -> subprocess.Popen[bytes]:
     """Start a long-running command. Mark it in the ledger first: `ledger.mark()` gives the environment for it.
 
-    A session of its own keeps the terminal's Ctrl-C away from it: the run takes its targets down itself.
+    A stream of None is the caller's own. A session of its own keeps the terminal's Ctrl-C away from it: the run takes its targets down itself.
     """
     words = [str(word) for word in argv]
     if _dry:
