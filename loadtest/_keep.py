@@ -1,0 +1,79 @@
+"""What the commands choose before they call: the targets of a run, and the ones that `up` keeps."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from hostsetup import doctor, supervisor
+from images.errors import IsolatencyError
+from images.shell import dry_run
+from loadtest import _plan, _run
+from loadtest._plan import MODELS, Plan
+
+Say = Callable[[str], None]
+
+
+def choose(plan: Plan, targets: Sequence[str], flags: Mapping[str, Any], say: Say) -> Plan:
+    """The plan with the flags over it, and with every kind that this machine can run where it names no target.
+
+    Raises IsolatencyError when no kind can run.
+    """
+    given = {key: value for key, value in flags.items() if value}
+    if given.get("seconds") and plan.warmup_s >= given["seconds"]:
+        given["warmup_s"] = given["seconds"] / 4
+    if targets:
+        given["targets"] = tuple(_plan.parse_target(text) for text in targets)
+    elif not plan.targets:
+        given["targets"] = tuple(_able(say))
+    return msgspec.structs.replace(plan, **given)
+
+
+def _able(say: Say) -> Iterator[dict[str, Any]]:
+    able = doctor.able_kinds()
+    found = False
+    for kind, verdict in able.items():
+        if verdict.ok is False:
+            say(f"{kind} is left out: {verdict.why}" + (f" ({verdict.fix})" if verdict.fix else ""))
+        else:
+            found = True
+            yield {"name": kind, "kind": kind}
+    if not found:
+        raise IsolatencyError("this machine can run no kind of target; `isolatency doctor` says what mends it")
+
+
+def up(targets: Sequence[str], models: Sequence[str], internet: bool, say: Say) -> Iterator[tuple[str, str]]:
+    """Start each target and yield its name and URL once it answers. Raises what the first that fails raises."""
+    plan = Plan(
+        models=tuple(models) or MODELS,
+        targets=tuple(_plan.parse_target(text) for text in targets),
+        allow_difference=True,
+    )
+    here = _run.machine()
+    _plan.validate(plan, here)
+    args = [word for model in plan.models for word in ("--model", model)] + ["--jobs"]
+    for spec in plan.specs():
+        cores = _run.split_cores(here.cores, spec.cpus)[0]
+        if dry_run():
+            _run.dry_run_target(spec, cores, args, internet)
+            continue
+        say(f"starting {spec.name}")
+        owner = supervisor.start(spec, cores=cores, server_args=args, internet=internet)
+        yield spec.name, owner.notes["url"]
+
+
+def table(console: Console) -> None:
+    """The kept targets, one line each."""
+    shown = Table("NAME", "KIND", "CPUS", "MIB", "URL", box=None)
+    for owner in supervisor.kept():
+        notes = owner.notes
+        shown.add_row(
+            notes.get("label", owner.name), notes.get("kind", "starting"), str(notes.get("cpus", "")),
+            str(notes.get("mem_mib", "")), notes.get("url", ""),
+        )  # fmt: skip
+    console.print(shown)
+    others = supervisor.elsewhere()
+    if others:
+        console.print(f"in sandboxes, out of reach from here: {', '.join(owner.name for owner in others)}")
