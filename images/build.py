@@ -15,7 +15,7 @@ from images.errors import IsolatencyError, MissingError, ShellError, UsageError
 from images.ext4 import make_ext4, tree_mib
 from images.kernel import make_kernel, make_uml
 from images.pins import pins
-from images.store import FILES, HERE, Images, cache_dir, sha256, source_key, sweep
+from images.store import FILES, Images, cache_dir, sha256, source_key, sweep
 
 __all__ = ["build", "disk_errors", "sweep"]
 
@@ -80,7 +80,7 @@ def default_mib(folder: Path) -> int:
 
 def _base(say: Say, scratch: Path, wanted: Path | None, refresh: bool) -> Base:
     """What comes from Debian, from the cache where it is there and as wanted, else downloaded anew."""
-    pinned = f"{pins().debian} {sha256(HERE / 'debian.py')}"
+    pinned = f"{pins().debian} {debian.FORMAT}"
     place = cache_dir() / "debian" / hashlib.sha256(pinned.encode()).hexdigest()[:16]
     if place.is_dir() and not refresh and not (wanted and debian.differences(wanted, Base(place).lock)):
         return Base(place)

@@ -18,6 +18,7 @@ from images.store import sha256
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 TIMEOUT_S = 900
+FORMAT = 1  # of what `fetch` makes; another one means that a cached download is not used
 
 
 @dataclass(frozen=True)
