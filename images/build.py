@@ -1,26 +1,23 @@
 """`isolatency images build`: one tree, and from it every form that a target needs. `_make` reads top to bottom."""
 
-import errno
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from server.identity import write_canonical_tar
 
 from images import debian, store, tree
 from images.debian import Base
-from images.errors import IsolatencyError, MissingError, ShellError, UsageError
+from images.errors import IsolatencyError, MissingError, UsageError
 from images.ext4 import make_ext4, tree_mib
 from images.kernel import make_kernel, make_uml
 from images.pins import pins
-from images.store import FILES, Images, cache_dir, sha256, source_key, sweep
+from images.store import FILES, NEEDED_MIB, Images, cache_dir, sha256, source_key, sweep
 
-__all__ = ["build", "disk_errors", "sweep"]
+__all__ = ["build", "sweep"]
 
 Say = Callable[[str], None]
-NEEDED_MIB = 1200
 
 
 def build(say: Say, *, locked: bool | Path = False, refresh: bool = False) -> Images:
@@ -36,7 +33,7 @@ def build(say: Say, *, locked: bool | Path = False, refresh: bool = False) -> Im
     wanted = _lock(locked)
     if not refresh and (ready := _ready(wanted)):
         return ready
-    with disk_errors(), store.scratch(say) as scratch:
+    with store.disk_errors(), store.scratch(say) as scratch:
         if not refresh and (ready := _ready(wanted)):  # made by the one that was waited for
             store.switch(ready.root)
             return ready
@@ -118,25 +115,3 @@ def _lock(locked: bool | Path) -> Path | None:
     if not locked.is_file():
         raise UsageError(f"the lock file {locked} was not found")
     return locked
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Say what a full disk or a folder that cannot be written means for images, in one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _full() from error
-        raise IsolatencyError(f"images below {cache_dir()} could not be written: {error}") from error
-    except ShellError as error:
-        if any(words in f"{error}\n{error.detail}" for words in ("No space left on device", "Disk quota exceeded")):
-            raise _full() from error
-        raise
-
-
-def _full() -> IsolatencyError:
-    return IsolatencyError(
-        f"the disk below {cache_dir()} is full, a build needs {NEEDED_MIB} MiB; nothing half-made was left; "
-        "make room, or set ISOLATENCY_CACHE to a folder on another disk"
-    )

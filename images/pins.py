@@ -43,6 +43,7 @@ class Firecracker:
     sha256: str
     wheel: str
     wheel_member: str
+    wheel_python: str
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ tmp/                what is being made; whatever a killed build left there is re
 lock                held by the build, load or sweep under way
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
-from images.errors import MissingError
+from images.errors import IsolatencyError, MissingError, ShellError
 
 HERE = Path(__file__).parent
 SERVER = HERE.parent / "server"
@@ -25,6 +26,7 @@ SHAPING = (
     "pins.toml", "server.env", "guest-init", "initramfs-init", "debian.py", "ext4.py", "kernel.py", "tree.py",
 )  # fmt: skip
 FILES = ("tree.tar", "root.ext4", "vmlinux", "initrd.cpio", "linux.uml", "packages.lock")
+NEEDED_MIB = 1200
 BUILD = "`isolatency images build`"
 
 
@@ -108,6 +110,13 @@ def server_env() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line)
 
 
+def dockerfile_instructions() -> list[str]:
+    """What `docker import` must be told (its `changes`) to give the image that images/Dockerfile builds."""
+    text = (HERE / "Dockerfile").read_text().replace("\\\n", " ")
+    config = ("ENV ", "USER ", "WORKDIR ", "ENTRYPOINT ")
+    return [" ".join(line.split()) for line in text.splitlines() if line.startswith(config)]
+
+
 def read(root: Path) -> Images | None:
     """The build in this folder; None where there is none, or not a whole one."""
     try:
@@ -186,6 +195,28 @@ def scratch(say: Callable[[str], None]) -> Iterator[Path]:
             yield path
         finally:
             _empty_tmp()
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Say what a full disk or a folder that cannot be written means for images, in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full() from error
+        raise IsolatencyError(f"images below {cache_dir()} could not be written: {error}") from error
+    except ShellError as error:
+        if any(words in f"{error}\n{error.detail}" for words in ("No space left on device", "Disk quota exceeded")):
+            raise _full() from error
+        raise
+
+
+def _full() -> IsolatencyError:
+    return IsolatencyError(
+        f"the disk below {cache_dir()} is full, a build needs {NEEDED_MIB} MiB; nothing half-made was left; "
+        "make room, or set ISOLATENCY_CACHE to a folder on another disk"
+    )
 
 
 def sweep() -> list[str]:
