@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from server.identity import write_canonical_tar
@@ -31,10 +31,12 @@ def build(say: Say, *, locked: bool | Path = False, refresh: bool = False) -> Im
     reached; what was current before stays current, and no half-made build is left.
     """
     wanted = _lock(locked)
-    if not refresh and (ready := _ready(wanted)):
+    place = (cache_dir() / "current").resolve()
+    if not refresh and (ready := _ready(wanted, [place])):
         return ready
     with store.disk_errors(), store.scratch(say) as scratch:
-        if not refresh and (ready := _ready(wanted)):  # made by the one that was waited for
+        earlier = sorted((cache_dir() / "builds").glob(f"built-{source_key()[:12]}-*"))
+        if not refresh and (ready := _ready(wanted, earlier)):  # also by the one that was waited for
             store.switch(ready.root)
             return ready
         free_mib = shutil.disk_usage(scratch).free >> 20
@@ -94,12 +96,10 @@ def _base(say: Say, scratch: Path, wanted: Path | None, refresh: bool) -> Base:
     return Base(place)
 
 
-def _ready(wanted: Path | None) -> Images | None:
-    """A finished build of these sources, the current one if it is; None where there is none as wanted."""
-    key = source_key()
-    places = [(cache_dir() / "current").resolve(), *sorted((cache_dir() / "builds").glob(f"built-{key[:12]}-*"))]
+def _ready(wanted: Path | None, places: Iterable[Path]) -> Images | None:
+    """The first of these folders that holds a finished build of these sources, with the packages that are wanted."""
     for images in filter(None, map(store.read, places)):
-        if images.key == key and not (wanted and debian.differences(wanted, images.lock)):
+        if images.key == source_key() and not (wanted and debian.differences(wanted, images.lock)):
             return images
     return None
 

@@ -78,7 +78,9 @@ def load(file: Path, say: Say = quiet) -> Images:
         plain = file
         if file.suffix == ".zst":
             plain = scratch / "plain.tar"
-            shell.run(["zstd", "--quiet", "--decompress", file, "-o", plain], timeout_s=TIMEOUT_S)
+            done = shell.run(["zstd", "--quiet", "-d", file, "-o", plain], check=False, timeout_s=TIMEOUT_S)
+            if done.returncode and "No space" not in done.stderr:
+                raise UsageError(f"{file} is no bundle of images, or a damaged one: {done.stderr.strip()}")
         try:
             with tarfile.open(plain) as tar:
                 _take(tar, made)

@@ -1,7 +1,8 @@
 """What comes from Debian: the packages of the tree, unpacked, and the kernel packages. One run of mmdebstrap.
 
-`--variant=extract` unpacks without a chroot and without maintainer scripts, so it works for a release other than the
-host's. One apt configuration serves all of it: kernel packages are fetched by a hook, with mmdebstrap's own.
+`--variant=extract` unpacks and runs no maintainer script, so it works for a release other than the host's, and in
+mmdebstrap's chrootless mode without root: owners and modes are settled later, whoever unpacked (images/tree.py). One
+apt configuration serves all of it: kernel packages are fetched by a hook, with mmdebstrap's own.
 """
 
 import os
@@ -64,6 +65,7 @@ def fetch(pinned: Debian, out: Path, scratch: Path) -> Base:
     )
     argv: list[str | Path] = [
         "mmdebstrap",
+        "--mode=chrootless",
         "--variant=extract",
         "--architectures=amd64",
         "--format=tar",
@@ -172,16 +174,13 @@ def _proxies() -> list[str]:
 
 
 def _ends_with_us() -> list[str]:
-    """As root, in namespaces that end with this process, so that a killed build leaves nothing running or mounted."""
-    if os.geteuid():
-        return ["setpriv", "--pdeathsig", "KILL"]
+    """A killed build must leave nothing running: as root in a PID namespace, else at least mmdebstrap itself ends."""
     own = ["unshare", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
-    return ["setpriv", "--pdeathsig", "KILL", *own]
+    return ["setpriv", "--pdeathsig", "KILL", *([] if os.geteuid() else own)]
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """As root mmdebstrap works in our own temporary folder; without, its other users could not enter a private one."""
-    kept = {name: os.environ[name] for name in ("HOME", "PATH", "http_proxy", "https_proxy") if name in os.environ}
-    kept["PATH"] = kept.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
-    kept |= {"LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "0"}
-    return kept if os.geteuid() else kept | {"TMPDIR": str(scratch)}
+    """Little of the host's. What mmdebstrap unpacks lies in our own temporary folder, which is swept after a kill."""
+    passed = {name: os.environ[name] for name in ("HOME", "http_proxy", "https_proxy") if name in os.environ}
+    path = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
+    return passed | {"PATH": path, "LC_ALL": "C.UTF-8", "SOURCE_DATE_EPOCH": "0", "TMPDIR": str(scratch)}
