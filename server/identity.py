@@ -82,7 +82,7 @@ def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:
     elif stat.S_ISDIR(found.st_mode):
         info.type = tarfile.DIRTYPE
     elif stat.S_ISLNK(found.st_mode):
-        info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, os.readlink(path)
+        info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, str(path.readlink())
     elif stat.S_ISREG(found.st_mode):
         info.size = found.st_size
         with path.open("rb") as content:

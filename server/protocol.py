@@ -55,9 +55,7 @@ def _input(inputs: Any, model: Model) -> NDArray[np.float32]:
         raise BadInput(f"model {model.name} wants the input {wanted.name!r}; found {tensor.get('name')!r}")
     datatype = tensor.get("datatype")
     if datatype not in NUMPY:
-        raise BadInput(
-            f"input {wanted.name!r} wants {wanted.datatype} or what converts to it without loss; found {datatype!r}"
-        )
+        raise BadInput(f"input {wanted.name!r} wants the datatype {', '.join(reversed(NUMPY))}; found {datatype!r}")
     shape = _shape(tensor.get("shape"), wanted)
     if "data" not in tensor:
         raise BadInput(f"input {wanted.name!r} has no data; tensors are taken in JSON")
@@ -83,9 +81,7 @@ def _input(inputs: Any, model: Model) -> NDArray[np.float32]:
 def _shape(shape: Any, wanted: Tensor) -> tuple[int, ...]:
     whole = isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape)
     if not whole or len(shape) != len(wanted.shape):
-        raise BadInput(
-            f"input {wanted.name!r} wants a shape like {list(wanted.shape)}, of at least one row; found {shape!r}"
-        )
+        raise BadInput(f"input {wanted.name!r} wants a shape like {list(wanted.shape)}, 1 row or more; found {shape!r}")
     for size, known in zip(shape, wanted.shape, strict=True):
         if known not in (-1, size):
             raise BadInput(f"input {wanted.name!r} wants the shape {list(wanted.shape)}; found {shape!r}")

