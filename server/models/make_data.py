@@ -22,9 +22,8 @@ def main() -> None:
     from sklearn.datasets import load_breast_cancer  # type: ignore[import-not-found]
 
     cancer = load_breast_cancer()
-    np.savez_compressed(
-        DATA / "breast_cancer.npz", rows=cancer.data.astype(np.float32), labels=cancer.target.astype(np.uint8)
-    )
+    known = cancer.data.astype(np.float32)
+    np.savez_compressed(DATA / "breast_cancer.npz", rows=known, labels=cancer.target.astype(np.uint8))
     pixels, digits = mnist_data()
     order = np.random.default_rng(SEED).permutation(len(pixels))
     pixels, digits = pixels[order].astype(np.uint8), digits[order].astype(np.uint8)
