@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from images import shell, store, tree, vmm
-from images.errors import IsolatencyError, UsageError
+from images.errors import IsolatencyError, ShellError, UsageError
 from images.store import FILES, Images
 
 SCHEMA = 1
@@ -79,17 +79,19 @@ def load(file: Path, say: Say = quiet) -> Images:
         if file.suffix == ".zst":
             plain = scratch / "plain.tar"
             done = shell.run(["zstd", "--quiet", "-d", file, "-o", plain], check=False, timeout_s=TIMEOUT_S)
-            if done.returncode and "No space" not in done.stderr:
-                raise UsageError(f"{file} is no bundle of images, or a damaged one: {done.stderr.strip()}")
+            if done.returncode:
+                kind = ShellError if "No space left" in done.stderr else UsageError
+                raise kind(f"{file} is no bundle of images, or a damaged one: {' '.join(done.stderr.split())}")
         try:
             with tarfile.open(plain) as tar:
                 _take(tar, made)
             record = _verified(made)
+            say("unpacking the tree")
+            (made / "tree").mkdir()
+            tree.unpack(made / "tree.tar", made / "tree")
         except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{file} is no bundle of images, or a damaged one: {error}") from error
-        say("unpacking the tree")
-        (made / "tree").mkdir()
-        tree.unpack(made / "tree.tar", made / "tree")
+            reason = str(error).splitlines()[0].rstrip(":")  # tarfile lists all that it tried on further lines
+            raise UsageError(f"{file} is no bundle of images, or a damaged one: {reason}") from error
         tree.finish(made / "tree")
         tree.label(made / "tree", record["tree_sha256"])
         if (made / "firecracker").is_file():
