@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from images.errors import UsageError
 
 DATA = Path(__file__).resolve().parent.parent / "server" / "models" / "data"
+MODELS = ("knn", "dnn", "null")
 QUERIES = 256  # distinct requests: enough that no cache of the server's holds just one row
 MAX_PREPARED_BYTES = 64 * 1024 * 1024
 JSON_BYTES_PER_VALUE = 11  # "0.12345678," at most, about
@@ -36,7 +37,7 @@ def load(model: str, data: Path = DATA) -> Rows:
     """Read the rows of `model` from the .npz file `data`, or from MODEL.npz in the folder `data`. Raises UsageError."""
     path = data / f"{model}.npz" if data.is_dir() else data
     if not path.is_file():
-        known = sorted(file.stem for file in data.glob("*.npz")) if data.is_dir() else []
+        known = [name for name in MODELS if (data / f"{name}.npz").is_file()]
         raise UsageError(
             f"there are no query rows for the model {model!r}: {path} is missing; "
             f"known are {', '.join(known) or 'none'}, and --data takes rows of your own"

@@ -9,8 +9,9 @@ import errno
 import io
 import os
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -169,7 +170,7 @@ class CsvWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _naming(path):
-            self._file = path.open("wb")
+            self._file = path.open("wb", buffering=0)
         self._append(",".join(SCHEMA.names).encode() + b"\n")
 
     def add(self, rows: pa.Table) -> None:
@@ -204,7 +205,7 @@ class BlockWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _naming(path):
-            self._file = path.open("wb")
+            self._file = path.open("wb", buffering=0)
         self._line(BLOCK_COLUMNS)
 
     def add(
@@ -225,15 +226,17 @@ class BlockWriter:
         _append(self._file, self.path, text.getvalue().encode())
 
 
-def _append(file: IO[bytes], path: Path, data: bytes) -> None:
-    """Write and flush; where that fails, take back the part that was written."""
+def _append(file: FileIO, path: Path, data: bytes) -> None:
+    """Write lines past Python's buffers; where that fails, take back the line that was written in part."""
     start = file.tell()
     with _naming(path):
+        done = 0
         try:
-            file.write(data)
-            file.flush()
+            while done < len(data):
+                done += file.write(memoryview(data)[done:])
         except OSError:
-            os.truncate(path, start)
+            file.truncate(start + data.rfind(b"\n", 0, done) + 1)
+            file.seek(0, os.SEEK_END)
             raise
 
 
@@ -249,10 +252,9 @@ class _naming:
         if isinstance(error, OSError):
             reason = os.strerror(error.errno) if error.errno else str(error)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            remedy = "free some space or choose another place" if full else "choose another place"
-            raise IsolatencyError(
-                f"could not write {self._path}: {reason}; what was measured before is in it: {remedy}"
-            ) from error
+            remedy = "free some space" if full else "choose another place"
+            kept = "; what was measured before is in it" if self._path.is_file() else ""
+            raise IsolatencyError(f"could not write {self._path}: {reason}{kept}: {remedy}") from error
 
 
 def join(run: Path) -> list[str]:

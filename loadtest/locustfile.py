@@ -9,7 +9,6 @@ import logging
 import signal
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import gevent  # type: ignore[import-untyped]
 import locust.stats
 from gevent.event import Event  # type: ignore[import-untyped]
 from locust import User, constant, events, task
-from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 
 from images.errors import IsolatencyError, UsageError
@@ -89,6 +87,9 @@ class Mode:
         self.options = environment.parsed_options
         self.engine: Engine | None = None
         self.error: Exception | None = None
+        if not isinstance(environment.runner, MasterRunner):
+            # Python would raise KeyboardInterrupt wherever it is, which is mostly inside the engine.
+            gevent.signal_handler(signal.SIGINT, gevent.get_hub().handle_system_error, KeyboardInterrupt, None)
 
     def add_user(self) -> Connection | None:
         return None
@@ -126,7 +127,8 @@ class Mode:
     def _end(self) -> None:
         runner = self.environment.runner
         if isinstance(runner, WorkerRunner):
-            runner.send_message(TROUBLE, {"message": str(self.error)})  # the master ends the test everywhere
+            code = self.environment.process_exit_code
+            runner.send_message(TROUBLE, {"message": str(self.error), "code": code})  # the master ends it everywhere
         elif self.options.headless:
             runner.quit()
         else:
@@ -134,6 +136,14 @@ class Mode:
             runner.log_exception("local", str(self.error), "")  # which the page shows
             runner.stop()
             self.error = self.environment.process_exit_code = None
+
+
+class _Trouble(IsolatencyError):
+    """What a worker ran into."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Plain(Mode):
@@ -144,11 +154,11 @@ class Plain(Mode):
         self._load: _plain.Load | None = None
         self._flusher: Any = None
         runner = environment.runner
-        if isinstance(runner, MasterRunner):
-            runner.register_message(TROUBLE, lambda msg, **_: self.fail(IsolatencyError(msg.data["message"])))
-            if self.options.headless and self.options.processes:
-                _plain.Load(replace(self._wanted(), samples=None), environment.stats, None)  # only to see if it can be
-        elif self.options.headless:
+        if isinstance(runner, MasterRunner):  # its workers know whether they reach the target
+            runner.register_message(
+                TROUBLE, lambda msg, **_: self.fail(_Trouble(msg.data["message"], msg.data["code"]))
+            )
+        elif self.options.headless and not isinstance(runner, WorkerRunner):
             self._load = self._new_load()
 
     def _wanted(self) -> _plain.Options:
@@ -173,9 +183,9 @@ class Plain(Mode):
         self.engine = self.new_engine(self.options.request_timeout)
         self._flusher = gevent.spawn(self._flush_now_and_then)
 
-    def add_user(self) -> Connection:
-        if self._load is None or self.engine is None or self.error is not None:
-            raise StopUser  # the test could not be started, and that was said once
+    def add_user(self) -> Connection | None:
+        if self._load is None or self.engine is None:
+            return None  # the test could not be started: the user waits until it is ended
         connection = self._load.add_user()
         self.engine.join(connection)
         return connection

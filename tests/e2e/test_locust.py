@@ -1,0 +1,528 @@
+"""The real `locust` command: against the project's server on loopback, and against servers that misbehave."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from loadtest._samples import is_partial
+from tests.e2e import raw
+from tests.e2e.raw import Raw
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCUST = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtest")]
+BOUND_S = 120  # for what takes five seconds
+Done = subprocess.CompletedProcess[str]
+
+
+def locust(folder: Path, *words: object, bound_s: float = BOUND_S) -> Done:
+    argv = [*LOCUST, *map(str, words)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=bound_s, cwd=folder, stdin=subprocess.DEVNULL)
+
+
+def plain(folder: Path, url: str, *words: object, users: int = 4, seconds: float = 2) -> Done:
+    return locust(folder, "--headless", "-u", users, "-r", users, "-t", f"{seconds}s", "--host", url, *words)
+
+
+def last_line(done: Done) -> str:
+    return done.stderr.strip().splitlines()[-1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def our_server(*models: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """`python -m server` on loopback, once it is ready."""
+    port = free_port()
+    argv = [sys.executable, "-m", "server", "--port", str(port)]
+    process = subprocess.Popen([*argv, *(word for model in models for word in ("--model", model))], cwd=ROOT)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < end, "the server did not get ready"
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with our_server("knn", "dnn", "null") as (url, _):
+        yield url
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return raw.write_rows(folder)
+
+
+# Plain Locust, the project's own server
+
+
+@pytest.mark.parametrize(("model", "rows"), [("knn", 1), ("knn", 32), ("dnn", 1), ("null", 5)])
+def test_plain_locust_as_the_readme_calls_it(tmp_path: Path, server: str, model: str, rows: int) -> None:
+    done = plain(
+        tmp_path, server, "--model", model, "--rows", rows, "--check", 1, "--csv", "st", "--samples", "s.parquet"
+    )
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_parquet(tmp_path / "s.parquet")
+    assert len(frame) > 20
+    assert set(frame.outcome) == {"ok"} and set(frame.status) == {200}
+    assert set(frame.model) == {model} and set(frame.connection) == {0, 1, 2, 3}
+    assert (frame.sent_ns <= frame.first_byte_ns).all() and (frame.first_byte_ns <= frame.received_ns).all()
+    for _, own in frame.groupby("connection"):  # one request at a time on each connection
+        assert (own.sent_ns.to_numpy()[1:] >= own.received_ns.to_numpy()[:-1]).all()
+    stats = pd.read_csv(tmp_path / "st_stats.csv")
+    assert stats.Name.tolist() == [f"{server.removeprefix('http://')}/{model}", "Aggregated"]
+    assert 0 < stats["Request Count"][0] <= len(frame) and stats["Failure Count"][0] == 0
+    # Locust's own figures are whole milliseconds; ours carry three digits of the true ones.
+    true_ms = (frame.received_ns - frame.sent_ns).quantile(0.5) / 1e6
+    shown = re.search(rf"/{model}: {len(frame)} requests, 0 failed  p50 (\S+) µs", done.stderr)
+    assert shown and float(shown[1]) / 1000 == pytest.approx(true_ms, rel=0.02)
+
+
+def test_csv_samples(tmp_path: Path, server: str) -> None:
+    done = plain(tmp_path, server, "--samples", "s.csv")
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_csv(tmp_path / "s.csv")
+    assert len(frame) > 20 and set(frame.outcome) == {"ok"}
+
+
+def test_several_processes(tmp_path: Path, server: str) -> None:
+    done = plain(tmp_path, server, "--processes", 2, "--csv", "st", "--samples", "s.parquet", seconds=6)
+    assert done.returncode == 0, done.stderr
+    frame = pd.concat([pd.read_parquet(tmp_path / f"s-{worker}.parquet") for worker in (0, 1)])
+    assert set(frame.worker) == {0, 1}
+    shown = re.search(r"/knn: (\d+) requests, 0 failed", done.stderr)
+    assert shown and int(shown[1]) == len(frame)  # nothing is lost on the way to the master
+
+
+def test_what_cannot_be_tested_is_one_line_and_no_success(tmp_path: Path, data: Path) -> None:
+    other = Raw()
+    cases = [
+        ([], 2, "no host was given"),
+        (["--host", "https://127.0.0.1:1"], 2, "plain HTTP only"),
+        (["--host", other.url, "--rows", "0"], 2, "--rows is 0"),
+        (["--host", other.url, "--samples", "s.xlsx"], 2, ".parquet or .csv"),
+        (["--host", other.url, "--samples", "no/such/s.csv"], 1, "could not write no/such/s"),
+        (["--host", other.url, "--model", "bert"], 2, "known are knn, null"),
+        (["--host", f"http://127.0.0.1:{free_port()}"], 1, "no server answers"),
+        (["--host", f"{other.url}/elsewhere"], 1, "does not speak the Open Inference Protocol"),
+    ]
+    for words, code, text in cases:
+        for more in ([], ["--processes", "2"]):
+            done = locust(tmp_path, "--headless", "-t", "5s", "--data", data, *words, *more)
+            assert done.returncode == code, (words, done.stderr)
+            (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+            assert text in line
+            assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_the_server_does_not_know(tmp_path: Path) -> None:
+    with our_server("knn") as (url, _):
+        done = plain(tmp_path, url, "--model", "dnn")
+    assert done.returncode == 1
+    assert f"the server at {url} does not know the model 'dnn'" in last_line(done)
+
+
+# The page
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[str]:
+    port = free_port()
+    process = subprocess.Popen(
+        [*LOCUST, "--web-host", "127.0.0.1", "--web-port", str(port)],
+        cwd=tmp_path, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: "window.templateArgs" in ask(url + "/"), "the page")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def ask(url: str, form: dict[str, Any] | None = None) -> str:
+    try:
+        with urllib.request.urlopen(url, None if form is None else urlencode(form).encode(), timeout=30) as answer:
+            return str(answer.read().decode())
+    except OSError:
+        return ""
+
+
+def wait_for(met: Any, what: str, bound_s: float = 60) -> None:
+    end = time.monotonic() + bound_s
+    while not met():
+        assert time.monotonic() < end, f"{what} did not come"
+        time.sleep(0.2)
+
+
+def test_the_page_takes_host_and_options_and_shows_failures(page: str, server: str, tmp_path: Path) -> None:
+    front = ask(page + "/")
+    for option in ("model", "rows", "check", "seed", "samples", "request_timeout", "data"):
+        assert re.search(
+            rf'"{option}": {{"choices": null, "default_value": [^}}]*"help_text": "[A-Z][^}}]+[.)]"', front
+        ), option
+    assert "whole milliseconds" in front
+    assert '"endpoints"' not in front  # run mode is no business of the page
+    form = {"user_count": 3, "spawn_rate": 3, "host": server, "check": 1, "request_timeout": 20}
+
+    ask(page + "/swarm", form | {"model": "bert"})  # cannot be tested: the page says why, and stays
+    wait_for(lambda: "no query rows for the model 'bert'" in ask(page + "/exceptions"), "the reason")
+    wait_for(lambda: json.loads(ask(page + "/stats/requests"))["state"] == "stopped", "the stop")
+
+    ask(page + "/swarm", form | {"model": "null", "samples": "page.parquet"})
+    wait_for(lambda: json.loads(ask(page + "/stats/requests"))["stats"][0]["num_requests"] > 50, "fifty requests")
+    entry = json.loads(ask(page + "/stats/requests"))["stats"][0]
+    assert entry["name"].endswith("/null") and entry["num_failures"] == 0
+    assert 0 < entry["min_response_time"] <= entry["median_response_time"] <= entry["max_response_time"]
+    assert entry["median_response_time"] != round(entry["median_response_time"])  # fractions of a millisecond
+    ask(page + "/stop")
+    wait_for(lambda: json.loads(ask(page + "/stats/requests"))["state"] == "stopped", "the stop")
+    assert len(pd.read_parquet(tmp_path / "page.parquet")) >= 50
+
+    ask(page + "/swarm", form | {"model": "knn", "samples": ""})  # and a second test, of another model
+    wait_for(lambda: json.loads(ask(page + "/stats/requests"))["stats"][0]["name"].endswith("/knn"), "another row")
+
+
+# Servers that misbehave
+
+
+def outcomes(folder: Path, url: str, data: Path, *words: object, users: int = 3) -> tuple[pd.DataFrame, Done]:
+    done = plain(
+        folder, url, "--data", data, "--check", 1, "--samples", "s.parquet", "--csv", "st", *words, users=users
+    )
+    frame = pd.read_parquet(folder / "s.parquet")
+    assert (frame.received_ns.isna() == (frame.outcome != "ok")).all()
+    return frame, done
+
+
+@pytest.mark.parametrize("behave", [raw.byte_by_byte, raw.chunked, raw.interim, raw.saying_close, raw.until_close])
+def test_unusual_answers_are_no_failures(tmp_path: Path, data: Path, behave: raw.Behaviour) -> None:
+    server = Raw(behave)
+    frame, done = outcomes(tmp_path, server.url, data)
+    assert done.returncode == 0, done.stderr
+    assert len(frame) > 20 and set(frame.outcome) == {"ok"}
+    if behave in (raw.saying_close, raw.until_close):
+        assert server.connections >= len(frame)
+    else:
+        assert server.connections <= 5  # three users, and the questions beforehand
+
+
+@pytest.mark.parametrize(
+    ("behave", "outcome", "status"),
+    [
+        (raw.every_third_503, "wrong_status", 503),
+        (raw.every_third_wrong, "wrong_answer", 200),
+        (raw.every_third_no_json, "wrong_answer", 200),
+        (raw.every_third_reset, "reset", 0),
+        (raw.every_third_cut, "reset", 0),
+        (raw.every_third_garbled, "garbled", 0),
+        (raw.every_third_silent, "timeout", 0),
+    ],
+)
+def test_failures_are_counted_by_kind(
+    tmp_path: Path, data: Path, behave: raw.Behaviour, outcome: str, status: int
+) -> None:
+    server = Raw(behave)
+    frame, done = outcomes(tmp_path, server.url, data, "--request-timeout", 0.2)
+    assert done.returncode == 1
+    assert set(frame.outcome) == {"ok", outcome}
+    failed = frame[frame.outcome == outcome]
+    assert set(failed.status) == {status}
+    assert len(failed) == pytest.approx(len(frame) / 3, abs=4)  # none is lost, the rest goes on
+    failures = pd.read_csv(tmp_path / "st_failures.csv")
+    assert set(failures.Error) == {f"{outcome} {status}" if outcome == "wrong_status" else outcome}
+    shown = re.search(r"knn: (\d+) requests, (\d+) failed", done.stderr)
+    assert shown and (int(shown[1]), int(shown[2])) == (len(frame), len(failed))
+
+
+def test_a_server_that_goes_and_comes_back(tmp_path: Path, data: Path) -> None:
+    server = Raw()
+    threading.Timer(3, server.stop).start()
+    threading.Timer(5, server.listen).start()
+    done = plain(tmp_path, server.url, "--data", data, "--samples", "s.parquet", seconds=9)
+    frame = pd.read_parquet(tmp_path / "s.parquet")
+    assert done.returncode == 1
+    assert set(frame.outcome) <= {"ok", "reset", "refused"}
+    refused = frame[frame.outcome == "refused"]
+    # The pause doubles from 10 ms up to 1 s: in the two seconds each of four connections tried a handful of times.
+    assert 4 <= len(refused) <= 4 * 12
+    gap_s = np.diff(frame.sent_ns[frame.outcome == "ok"].sort_values()).max() / 1e9
+    assert gap_s > 1.5
+    last_ok = frame.received_ns[frame.outcome == "ok"].max()
+    assert last_ok > refused.sent_ns.max()  # it came back
+
+
+def test_not_every_answer_is_compared(tmp_path: Path, data: Path) -> None:
+    server = Raw(lambda connection, body, n: connection.sendall(raw.whole(b'{"outputs":[]}')))
+    frame, _ = outcomes(tmp_path, server.url, data, "--check", 10)
+    wrong = (frame.outcome == "wrong_answer").sum()
+    assert wrong == pytest.approx(len(frame) / 10, abs=4)
+    frame, done = outcomes(tmp_path, server.url, data, "--check", 0)
+    assert set(frame.outcome) == {"ok"} and done.returncode == 0
+
+
+def test_ctrl_c_keeps_the_samples(tmp_path: Path, data: Path) -> None:
+    server = Raw()
+    argv = [
+        *LOCUST,
+        "--headless",
+        "-u",
+        "2",
+        "-r",
+        "2",
+        "--host",
+        server.url,
+        "--data",
+        str(data),
+        "--samples",
+        "s.parquet",
+    ]
+    process = subprocess.Popen(argv, cwd=tmp_path, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: server.requests > 100, "a hundred requests")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert len(pd.read_parquet(tmp_path / "s.parquet")) >= 100
+
+
+def test_a_stopping_user_gets_its_last_answer(tmp_path: Path, data: Path) -> None:
+    server = Raw(raw.slow)
+    done = plain(tmp_path, server.url, "--data", data, "--samples", "s.parquet", "--stop-timeout", 20, users=2)
+    frame = pd.read_parquet(tmp_path / "s.parquet")
+    assert done.returncode == 0, done.stderr
+    assert len(frame) == server.requests
+
+
+def test_a_full_disk_ends_the_test_and_names_the_file(tmp_path: Path, data: Path) -> None:
+    done = on_a_small_disk(
+        tmp_path, "--headless", "-u", 4, "-t", "60s", "--host", Raw().url, "--data", data, "--samples", "small/s.csv"
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: could not write small/s\.csv: No space left on device; .*", last_line(done))
+    assert set(pd.read_csv(tmp_path / "s.csv").outcome) == {"ok"}
+
+
+def on_a_small_disk(folder: Path, *words: object) -> Done:
+    """Run locust with `small/`, a file system of 256 KiB; what it wrote there lies in `folder` afterwards."""
+    (folder / "small").mkdir()
+    script = 'mount -t tmpfs -o size=256k none small && "$@"; code=$?; cp small/* .; exit $code'
+    own = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.getuid() else [])]
+    if subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespace can be made here; root, or unprivileged user namespaces, would make this run")
+    argv = [*own, "sh", "-c", script, "sh", *LOCUST, *map(str, words)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=BOUND_S, cwd=folder, stdin=subprocess.DEVNULL)
+
+
+# Run mode
+
+
+def write_plan(folder: Path, urls: dict[str, tuple[str, list[int]]], **changed: Any) -> list[object]:
+    """PLAN.json and ENDPOINTS.json in `folder`; returns the command line's words."""
+    plan = {
+        "schema": 1, "seed": 1, "quick": True, "models": ["knn", "null"], "loads": ["closed-1", "closed-4"],
+        "block_s": 0.2, "seconds": 0.8, "emulated_seconds": 1, "rows": 1, "check": 1, "warmup_s": 0.2, "threads": 1,
+        "request_timeout_s": 10.0, "phase": "native", "targets": [], "jobs": [],
+    } | changed  # fmt: skip
+    targets = [
+        {"name": name, "label": name, "kind": "url", "url": url, "accel": None, "emulated": False, "pids": pids}
+        for name, (url, pids) in urls.items()
+    ]
+    (folder / "PLAN.json").write_text(json.dumps(plan))
+    (folder / "ENDPOINTS.json").write_text(json.dumps({"targets": targets}))
+    (folder / "out").mkdir(exist_ok=True)
+    return ["--headless", "--plan", "PLAN.json", "--endpoints", "ENDPOINTS.json", "--out", "out"]
+
+
+def measured(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return pd.read_parquet(folder / "samples-native.parquet"), pd.read_csv(folder / "blocks-native.csv")
+
+
+def test_a_phase_of_two_targets(tmp_path: Path) -> None:
+    with our_server("knn", "dnn", "null") as (a, one), our_server("knn", "dnn", "null") as (b, two):
+        words = write_plan(tmp_path, {"a": (a, [one.pid]), "b": (b, [two.pid])}, models=["knn", "dnn", "null"])
+        done = locust(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    samples, blocks = measured(tmp_path / "out")
+    assert not is_partial(tmp_path / "out" / "samples-native.parquet")
+    assert set(samples.outcome) == {"ok"}
+    cells = [(model, load) for model in ("knn", "dnn", "null") for load in ("closed-1", "closed-4")]
+    assert list(dict.fromkeys(zip(blocks.model, blocks.load, strict=True))) == cells
+    assert blocks.block.tolist() == list(range(8 * len(cells)))
+    for _, cell in blocks.groupby(["model", "load"]):
+        assert "".join(cell.target) == "abbabaab"
+        assert cell["round"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert cell.warmup.tolist() == [True] * 2 + [False] * 6
+    assert (blocks.start_ns.to_numpy()[1:] >= blocks.drained_ns.to_numpy()[:-1]).all()  # one target at a time
+    assert (blocks.end_ns - blocks.start_ns >= 0.2e9).all() and (blocks.drained_ns >= blocks.end_ns).all()
+    assert (blocks.host_cpu_us > 0).all() and (blocks.client_cpu_us > 0).all()
+    joined = samples.merge(blocks, on="block", suffixes=("", "_block"))
+    assert len(joined) == len(samples)
+    assert (joined.target == joined.target_block).all() and (joined.warmup == joined.warmup_block).all()
+    assert (joined.sent_ns >= joined.start_ns).all() and (joined.sent_ns < joined.end_ns).all()
+    assert (joined.received_ns <= joined.drained_ns).all()
+    for load, own in samples.groupby("load", observed=True):
+        assert set(own.connection) == set(range(int(load.removeprefix("closed-"))))
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["target"] for line in lines] == blocks.target.tolist()
+    assert lines[-1]["done_s"] == lines[-1]["total_s"] == pytest.approx(len(blocks) * 0.2)
+
+
+def test_every_target_gets_the_same_queries(tmp_path: Path, data: Path) -> None:
+    seen: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+
+    def noting(name: str) -> raw.Behaviour:
+        def behave(connection: socket.socket, body: bytes, n: int) -> None:
+            seen[name].append(hash(body))
+            time.sleep(0.02)
+            raw.well(connection, body, n)
+
+        return behave
+
+    servers = {name: Raw(noting(name)) for name in seen}
+    words = write_plan(
+        tmp_path, {name: (server.url, []) for name, server in servers.items()},
+        models=["knn"], loads=["closed-1"], seconds=0.4, rows=20,
+    )  # fmt: skip
+    done = locust(tmp_path, *words, "--data", data)
+    assert done.returncode == 0, done.stderr
+    _, blocks = measured(tmp_path / "out")
+    assert blocks.host_cpu_us.isna().all()  # nothing is known of their processes
+    assert sorted(blocks.target[:3]) == sorted(blocks.target[3:6]) == ["a", "b", "c"]
+    assert blocks.target[:3].tolist() == blocks.target[3:6].tolist()[::-1]
+    assert seen["a"][:3] == seen["b"][:3] == seen["c"][:3]
+
+
+def test_idle_connections_that_the_server_closes_are_no_failures(tmp_path: Path, data: Path) -> None:
+    servers = {name: Raw(idle_s=0.1) for name in "ab"}
+    words = write_plan(tmp_path, {name: (server.url, []) for name, server in servers.items()}, block_s=0.3, seconds=1.2)
+    done = locust(tmp_path, *words, "--data", data)
+    assert done.returncode == 0, done.stderr
+    samples, _ = measured(tmp_path / "out")
+    assert set(samples.outcome) == {"ok"}
+    assert servers["a"].connections > 10
+
+
+def test_a_block_waits_for_one_request_of_every_connection(tmp_path: Path, data: Path) -> None:
+    server = Raw(raw.slow)
+    words = write_plan(
+        tmp_path, {"a": (server.url, [os.getpid()])}, models=["knn"], loads=["closed-4"], seconds=0.2, warmup_s=0
+    )
+    done = locust(tmp_path, *words, "--data", data)
+    assert done.returncode == 0, done.stderr
+    samples, blocks = measured(tmp_path / "out")
+    assert len(blocks) == 1 and set(samples.connection) == {0, 1, 2, 3}
+    assert blocks.end_ns[0] - blocks.start_ns[0] >= 0.5e9  # longer than its 0.2 s
+    ends = samples.groupby("connection").received_ns.min()
+    assert blocks.end_ns[0] == ends.max()
+
+
+def test_failed_requests_are_exit_code_1_and_one_line(tmp_path: Path, data: Path) -> None:
+    words = write_plan(tmp_path, {"a": (Raw(raw.every_third_503).url, []), "b": (Raw().url, [])}, models=["knn"])
+    done = locust(tmp_path, *words, "--data", data)
+    assert done.returncode == 1
+    samples, blocks = measured(tmp_path / "out")
+    failed = int((samples.outcome != "ok").sum())
+    assert last_line(done) == f"error: {failed} of {len(samples)} requests failed: a/knn wrong_status {failed}"
+    assert len(blocks) == 16  # the run went on to its end
+
+
+def test_a_target_that_dies_ends_the_run_and_keeps_what_was_measured(tmp_path: Path) -> None:
+    with our_server("knn", "null") as (a, _), our_server("knn", "null") as (b, dies):
+        words = write_plan(tmp_path, {"a": (a, []), "b": (b, [])}, seconds=30, loads=["closed-4"])
+        process = subprocess.Popen(
+            [*LOCUST, *map(str, words)], cwd=tmp_path, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        for _ in range(6):
+            process.stdout.readline()
+        dies.kill()
+        _, errors = process.communicate(timeout=BOUND_S)
+    assert process.returncode == 1
+    line = errors.strip().splitlines()[-1]
+    assert line.startswith(f"error: b at {b} gave no answer for ") and "refused" in line
+    samples, blocks = measured(tmp_path / "out")
+    assert is_partial(tmp_path / "out" / "samples-native.parquet")
+    assert set(samples.target[samples.outcome == "ok"]) == {"a", "b"}
+    assert set(samples.target[samples.outcome != "ok"]) == {"b"}
+    assert set(blocks.block) == set(samples.block)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("behave", [raw.well, raw.slow])
+def test_an_interrupted_run_keeps_its_files(
+    tmp_path: Path, data: Path, number: signal.Signals, behave: raw.Behaviour
+) -> None:
+    server = Raw(behave)
+    words = write_plan(tmp_path, {"a": (server.url, []), "b": (server.url, [])}, seconds=60)
+    process = subprocess.Popen(
+        [*LOCUST, *map(str, words), "--data", str(data)], cwd=tmp_path, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for _ in range(3):
+        process.stdout.readline()
+    time.sleep(0.05)  # into the middle of a block
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].startswith("error: interrupted")
+    samples, blocks = measured(tmp_path / "out")
+    assert is_partial(tmp_path / "out" / "samples-native.parquet")
+    assert set(samples.outcome) == {"ok"} and set(samples.block) == set(blocks.block) and len(blocks) >= 3
+
+
+def test_a_full_disk_ends_the_run_with_files_that_can_be_read(tmp_path: Path, data: Path) -> None:
+    words = write_plan(tmp_path, {"a": (Raw().url, [])}, seconds=60, block_s=0.05)
+    words[words.index("out")] = "small"
+    done = on_a_small_disk(tmp_path, *words, "--data", data)
+    assert done.returncode == 1
+    assert "could not write small/" in last_line(done) and "No space left" in last_line(done)
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_run_cannot_begin_with(tmp_path: Path, data: Path) -> None:
+    words = write_plan(tmp_path, {"a": (f"http://127.0.0.1:{free_port()}", [])})
+    done = locust(tmp_path, *words, "--data", data)
+    assert done.returncode == 1 and "no server answers" in last_line(done)
+    assert not list((tmp_path / "out").iterdir())
+    done = locust(tmp_path, *words[:-2])
+    assert done.returncode == 2 and "--out" in last_line(done)
+    done = locust(tmp_path, *words, "--processes", "2")
+    assert done.returncode == 2 and "--processes" in last_line(done)
+    (tmp_path / "PLAN.json").write_text('{"phase": 1}')
+    done = locust(tmp_path, *words)
+    assert done.returncode == 2 and "PLAN.json" in last_line(done)
