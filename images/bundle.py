@@ -9,6 +9,7 @@ A tar, plain or compressed by the file's name: .tar, .tar.gz or .tgz, .tar.xz, .
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def load(file: Path, say: Say = quiet) -> Images:
             (made / "tree").mkdir()
             tree.unpack(made / "tree.tar", made / "tree")
         except (tarfile.TarError, EOFError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).splitlines()[0].rstrip(":")  # tarfile lists all that it tried on further lines
+            reason = (str(error) or "it is cut short").splitlines()[0].rstrip(":")  # tarfile goes on with what it tried
             raise UsageError(f"{file} is no bundle of images, or a damaged one: {reason}") from error
         tree.finish(made / "tree")
         tree.label(made / "tree", record["tree_sha256"])
@@ -124,6 +125,8 @@ def _verified(made: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(path.read_text())
     if record["schema"] != SCHEMA:
         raise ValueError(f"it is of schema {record['schema']}, this isolatency reads {SCHEMA}")
+    if not re.fullmatch("[0-9a-f]{64}", record["key"]):
+        raise ValueError("its key is no digest")
     digests = record["digests"]
     for name in {*FILES, *(path.name for path in made.iterdir())} - {"bundle.json"}:
         if not (made / name).is_file():

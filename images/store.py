@@ -149,6 +149,7 @@ def publish(made: Path, key: str, tree_sha256: str, loaded: bool, digests: dict[
     """
     record = {"schema": 1, "key": key, "tree_sha256": tree_sha256, "loaded": loaded, "digests": digests}
     (made / "images.json").write_text(json.dumps(record, indent=1) + "\n")
+    (made / ".dockerignore").write_text("*\n!tree.tar\n")  # so that `docker build` of images/Dockerfile reads only it
     kind = "loaded" if loaded else "built"
     place = cache_dir() / "builds" / f"{kind}-{key[:12]}-{tree_sha256[:12]}"
     place.parent.mkdir(exist_ok=True)

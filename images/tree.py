@@ -173,7 +173,8 @@ def compile_bytecode(tree: Path) -> None:
     loader = tree / "lib64/ld-linux-x86-64.so.2"
     libraries = ":".join(str(tree / place / "x86_64-linux-gnu") for place in ("lib", "usr/lib"))
     shell.run(
-        [tree / "lib/x86_64-linux-gnu" / loader.readlink().name, "--library-path", libraries, tree / PYTHON,
+        ["setpriv", "--pdeathsig", "KILL", tree / loader.readlink().relative_to("/"),
+         "--library-path", libraries, tree / PYTHON,
          "-I", "-S", "-B", "-m", "compileall", "-q", "-f", "-s", tree, "-p", "/",
          "--invalidation-mode", "unchecked-hash", tree / "usr/lib/python3.11", tree / "opt/app"],
         env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},

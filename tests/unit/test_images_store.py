@@ -173,6 +173,7 @@ DAMAGES = {
     "bundle.json is not in it": lambda name, body: None if name == "bundle.json" else (name, body),
     "of schema 9": lambda name, body: (name, body.replace(b'"schema": 1', b'"schema": 9')),
     "does not belong": lambda name, body: ("../evil" if name == "vmlinux" else name, body),
+    "key is no digest": lambda name, body: (name, body.replace(b'"key": "', b'"key": "../')),
     "is not the tree": lambda name, body: (name, body.replace(b'"tree_sha256": "', b'"tree_sha256": "0')),
 }
 
