@@ -1,0 +1,143 @@
+"""What the three guests share: a tap, a root file system, the kernel's command line, a console, one VMM process."""
+
+import base64
+import ctypes
+import mmap
+import os
+import signal
+import subprocess
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from hostsetup import network
+from hostsetup.cgroup import placed
+from hostsetup.ledger import folder
+from hostsetup.lifecycle import Lifecycle, bare_environment, in_words, private_folder, tree_of
+from hostsetup.target import PORT
+from images import shell
+from images.errors import MissingError, UsageError
+from images.ext4 import make_ext4
+
+STOP_S = 10.0
+
+
+class Guest(Lifecycle):
+    """A VMM in a cpuset on the target's cores; its memory is the guest's, and its own on top."""
+
+    def _start(self) -> str:
+        ledger = self.context.ledger
+        self.slot = self._stack.enter_context(network.guest_slot(ledger))
+        if self.context.internet:
+            self._stack.enter_context(network.internet(ledger, self.slot))
+        self.scratch = private_folder(self.spec.name, ledger.id, self._scratch_parent())
+        entry = ledger.add("dir", path=str(self.scratch))
+        self._stack.callback(ledger.remove, entry)
+        if not shell.dry_run():
+            self.scratch.mkdir()
+        self.rootfs = self._rootfs()
+        self._boot()
+        return f"http://{self.slot.guest_ip}:{PORT}"
+
+    def _scratch_parent(self) -> Path:
+        return folder()
+
+    @abstractmethod
+    def _boot(self) -> None:
+        """Start the VMM, and the guest in it."""
+
+    def _rootfs(self) -> Path:
+        size = self.spec.options.get("rootfs_mib")
+        if size is None:
+            return self.images.ext4
+        # A file of gigabytes, though a sparse one, belongs on a disk and not into memory.
+        place = private_folder(f"{self.spec.name}-root", self.context.ledger.id, self.images.root.parent.parent)
+        entry = self.context.ledger.add("dir", path=str(place))
+        self._stack.callback(self.context.ledger.remove, entry)
+        if shell.dry_run():
+            shell.say(f"make a root file system of {size} MiB")
+        else:
+            place.mkdir()
+            make_ext4(self.images.tree, place / "root.ext4", int(size))
+        return place / "root.ext4"
+
+    def _option_file(self, key: str, default: Path) -> Path:
+        """The file that an option names, made absolute. Raises MissingError where it is not there."""
+        named = self.spec.options.get(key)
+        path = Path(str(named)).absolute() if named else default
+        if not path.is_file():
+            raise MissingError(f"{self.spec.name}: {key}={named}: no such file")
+        return path
+
+    def guest_words(self) -> list[str]:
+        """What guest-init reads from the kernel's command line, and the user's boot_args."""
+        argv = base64.b64encode("\n".join(self.server_args()).encode()).decode()
+        words = [
+            f"isolatency.ip={self.slot.guest_ip}/24",
+            f"isolatency.gw={self.slot.host_ip}",
+            f"isolatency.argv={argv}",
+        ]
+        if self.context.internet and (server := network.nameserver()):
+            words.append(f"isolatency.dns={server}")
+        return words + str(self.spec.options.get("boot_args", "")).split()
+
+    def _launch(self, argv: Sequence[str | Path], *, input_fd: int = subprocess.DEVNULL, **environment: str) -> None:
+        """Start the VMM, marked and on its cores; its output is the console where it is not told another place."""
+        ledger, spec = self.context.ledger, self.spec
+        place = self._stack.enter_context(placed(ledger, spec.name, self.context.cores[-spec.cpus :], None))
+        self.caveats += place.caveats
+        number, mark = ledger.mark(spec.name)
+        self._stack.callback(ledger.remove, number)
+        with self._output() as console:
+            self.process = shell.spawn(
+                place.argv(argv), env=bare_environment(mark, **environment), stdout=console, stdin=input_fd
+            )
+        self._stack.callback(self._stop)
+
+    def _output(self) -> IO[bytes]:
+        return Path(os.devnull if shell.dry_run() else self.console).open("ab")
+
+    def _ended(self) -> str | None:
+        code = self.process.poll()
+        return None if code is None else self._exit_words(code)
+
+    def _exit_words(self, code: int) -> str:
+        return in_words(code)
+
+    def pids(self) -> list[int]:
+        return tree_of(self.process.pid)
+
+    def _stop(self) -> None:
+        """SIGTERM, and SIGKILL after a while; the ledger makes sure."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=STOP_S)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def tsc_khz(seconds: float = 0.2) -> int:
+    """The rate of this machine's time stamp counter: a microVM without HPET or PIT cannot measure it, so it is told."""
+    code = bytes.fromhex("0f3148c1e2204809d0c3")  # rdtsc; shl rdx, 32; or rax, rdx; ret
+    with mmap.mmap(-1, len(code), prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+        page.write(code)
+        anchor = ctypes.c_char.from_buffer(page)
+        read = ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(anchor))
+        first, start = int(read()), time.monotonic_ns()
+        time.sleep(seconds)
+        second, end = int(read()), time.monotonic_ns()
+        del anchor
+    return round((second - first) * 1e6 / (end - start))
+
+
+def refuse_long(words: Sequence[str], limit: int = 2047) -> str:
+    """The kernel's command line. Raises UsageError where the kernel would cut it."""
+    line = " ".join(words)
+    if len(line) > limit:
+        raise UsageError(f"the kernel's command line takes {limit} characters; found {len(line)}: shorten boot_args")
+    return line

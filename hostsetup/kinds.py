@@ -1,0 +1,89 @@
+"""The kinds of target: which options each takes, and how one is made. Imports nothing heavy until a target is made."""
+
+import difflib
+import re
+from dataclasses import dataclass, field
+
+from hostsetup.target import Context, Spec, Target
+from images.errors import UsageError
+
+_CHOICES = {
+    "accel": ("auto", "kvm", "tcg"),
+    "huge_pages": ("None", "2M"),
+    "io_engine": ("Sync", "Async"),
+    "cache_type": ("Unsafe", "Writeback"),
+}
+_GUEST = {"kernel": str, "boot_args": str, "rootfs_mib": int}
+_URL = re.compile(r"http://[A-Za-z0-9.\[\]:_-]+(:[0-9]{1,5})?")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`options` are the kind's own, besides cpus and mem_mib; `wants_kvm`: emulated where KVM boots no guest."""
+
+    options: dict[str, type] = field(default_factory=dict)
+    wants_kvm: bool = False
+
+    def emulated(self, spec: Spec, kvm_boots: bool) -> bool:
+        return self.wants_kvm and (not kvm_boots or spec.options.get("accel") == "tcg")
+
+
+KINDS: dict[str, Kind] = {
+    "process": Kind({"port": int}),
+    "docker": Kind({"image": str, "runtime": str}),
+    "firecracker": Kind(
+        {**_GUEST, "binary": str, "huge_pages": str, "io_engine": str, "cache_type": str, "console": bool},
+        wants_kvm=True,
+    ),
+    "qemu": Kind({**_GUEST, "accel": str}, wants_kvm=True),
+    "uml": Kind(dict(_GUEST)),
+    "url": Kind({"url": str}),
+}
+
+
+def check_options(spec: Spec) -> None:
+    """Raises UsageError for an option that the kind does not take, or a value that it cannot have."""
+    options = KINDS[spec.kind].options
+    for key, value in spec.options.items():
+        if key not in options:
+            near = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
+            known = f"the nearest known one is {near[0]!r}" if near else f"known are {', '.join(options) or 'none'}"
+            raise UsageError(f"the target {spec.name!r} has an unknown option {key!r}; {known}")
+        if type(value) is not options[key]:
+            raise UsageError(f"the target {spec.name!r} wants {options[key].__name__} for {key}; found {value!r}")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise UsageError(f"the target {spec.name!r} wants {' or '.join(_CHOICES[key])} for {key}; found {value!r}")
+    if spec.kind == "uml" and spec.cpus > 1:
+        raise UsageError(f"the target {spec.name!r} is of kind uml, which has one CPU; found cpus={spec.cpus}")
+    if spec.kind == "firecracker" and spec.cpus > 32:
+        raise UsageError(f"the target {spec.name!r} asks for {spec.cpus} vCPUs; Firecracker gives 32 at most")
+    if spec.kind == "url" and not _URL.fullmatch(str(spec.options.get("url", ""))):
+        raise UsageError(f"the target {spec.name!r} wants url:http://host:port; found {spec.options.get('url', '')!r}")
+
+
+def make(spec: Spec, context: Context) -> Target:
+    """The target of this kind, not yet started. Raises UsageError as `check_options` does."""
+    check_options(spec)
+    if spec.kind == "process":
+        from hostsetup.process import Process
+
+        return Process(spec, context)
+    if spec.kind == "docker":
+        from hostsetup.container import Container
+
+        return Container(spec, context)
+    if spec.kind == "qemu":
+        from hostsetup.qemu import Qemu
+
+        return Qemu(spec, context)
+    if spec.kind == "uml":
+        from hostsetup.uml import Uml
+
+        return Uml(spec, context)
+    if spec.kind == "firecracker":
+        from hostsetup.firecracker import Firecracker
+
+        return Firecracker(spec, context)
+    from hostsetup.url import Url
+
+    return Url(spec, context)

@@ -1,0 +1,199 @@
+"""What every target does in the same way: start within a bound, wait for the first answer, say who it is, go."""
+
+import http.client
+import json
+import time
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+
+from hostsetup.target import Context, Endpoint, Spec
+from images import shell
+from images.errors import IsolatencyError, MissingError, TargetError
+from images.store import Images
+
+POLL_S = 0.02
+TAIL_LINES = 15
+IDENTITY_TIMEOUT_S = 120.0
+
+
+class Lifecycle(ABC):
+    """A target but for its kind: subclasses say how it starts, whether it lives, and which processes it is.
+
+    `_start` puts every way to undo what it did on `_stack`; the stack is unwound on exit and when the start fails.
+    """
+
+    bound_s = 30.0
+    accel: str | None = None
+
+    def __init__(self, spec: Spec, context: Context) -> None:
+        self.spec = spec
+        self.context = context
+        self.caveats: list[str] = []
+        self._stack = ExitStack()
+        self.console = context.logs / f"{spec.name}.console"
+
+    @abstractmethod
+    def _start(self) -> str:
+        """Start it and return the URL at which it will answer."""
+
+    @abstractmethod
+    def _ended(self) -> str | None:
+        """In words, how the target ended; None while it runs."""
+
+    @abstractmethod
+    def pids(self) -> list[int]: ...
+
+    def _tail(self) -> str:
+        """The last lines of the console."""
+        try:
+            return "\n".join(self.console.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+        except OSError:
+            return ""
+
+    @property
+    def emulated(self) -> bool:
+        return self.accel in ("tcg", "nested")
+
+    @property
+    def images(self) -> Images:
+        if self.context.images is None:
+            raise MissingError(f"{self.spec.name} needs the images; run `isolatency images build`")
+        return self.context.images
+
+    def server_args(self) -> list[str]:
+        """The server's arguments; hashing the tree takes minutes under emulation, so the built-in label is told."""
+        return [*self.context.server_args, *(["--tree-label", "/.tree-sha256"] if self.emulated else [])]
+
+    def __enter__(self) -> Endpoint:
+        started = time.monotonic()
+        try:
+            url = self._start()
+            if shell.dry_run():
+                return self._endpoint(url, None, 0.0, None)
+            self._await(url, started + (self.context.boot_timeout_s or self.bound_s))
+            ready_s = time.monotonic() - started
+            return self._endpoint(url, identity(url), ready_s, self._first_prediction(url))
+        except IsolatencyError as error:
+            if not error.detail:
+                error.detail = self._tail()
+            self._stack.close()
+            raise
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _endpoint(self, url: str, found: Any, ready_s: float, first_ms: float | None) -> Endpoint:
+        return Endpoint(
+            self.spec.name,
+            self.spec.kind,
+            url,
+            self.accel,
+            self.emulated,
+            found,
+            ready_s,
+            first_ms,
+            tuple(self.caveats),
+        )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def check(self) -> None:
+        if (ended := self._ended()) is not None:
+            raise TargetError(f"{self.spec.name} {ended}; the end of its console is in the log", detail=self._tail())
+
+    def _await(self, url: str, end: float) -> None:
+        """Until GET /v2/health/ready is answered 200. Raises TargetError after the bound, or when the target dies."""
+        said = "nothing"
+        while time.monotonic() < end:
+            self.check()
+            try:
+                status, _ = get(url, "/v2/health/ready", timeout_s=2.0)
+                if status == 200:
+                    return
+                said = f"status {status}"
+            except OSError as error:
+                said = error.strerror or str(error)
+            except http.client.HTTPException as error:
+                said = f"no HTTP ({error})"
+            time.sleep(POLL_S)
+        bound_s = self.context.boot_timeout_s or self.bound_s
+        raise TargetError(
+            f"{self.spec.name} did not answer at {url} within {bound_s:g} s (last: {said}); "
+            f"boot_timeout_s in the plan raises the bound, {self.console} has its console",
+            detail=self._tail(),
+        )
+
+    def _first_prediction(self, url: str) -> float | None:
+        """Milliseconds that the first infer request takes, with one row of zeros; None where there is no such model."""
+        args = self.context.server_args
+        name = args[args.index("--model") + 1] if "--model" in args else "null"
+        try:
+            status, meta = get(url, f"/v2/models/{name}", timeout_s=IDENTITY_TIMEOUT_S)
+            if status != 200:
+                return None
+            tensor = json.loads(meta)["inputs"][0]
+            shape = [1 if size == -1 else size for size in tensor["shape"]]
+            body = {"inputs": [tensor | {"shape": shape, "data": [0.0] * shape[-1]}]}
+            start = time.monotonic()
+            status, _ = get(url, f"/v2/models/{name}/infer", timeout_s=IDENTITY_TIMEOUT_S, body=json.dumps(body))
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as error:
+            raise TargetError(f"{self.spec.name} answered, but not its first infer request: {error}") from error
+        return (time.monotonic() - start) * 1e3 if status == 200 else None
+
+
+def get(url: str, path: str, *, timeout_s: float, body: str | None = None) -> tuple[int, bytes]:
+    """One request (a POST where there is a body) on a connection of its own. Raises OSError, HTTPException."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout_s)
+    try:
+        connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"} if body else {})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def identity(url: str) -> dict[str, Any] | None:
+    """What GET /identity says; None where that is no identity of ours (no `schema`), which makes an unknown server.
+
+    Raises TargetError when the connection breaks.
+    """
+    try:
+        status, body = get(url, "/identity", timeout_s=IDENTITY_TIMEOUT_S)
+        found = json.loads(body) if status == 200 else None
+    except ValueError:
+        return None
+    except (OSError, http.client.HTTPException) as error:
+        raise TargetError(f"{url}/identity broke off: {error}") from error
+    return found if isinstance(found, dict) and "schema" in found else None
+
+
+def tree_of(pid: int) -> list[int]:
+    """A process and all its descendants; empty when it is gone."""
+    try:
+        top = psutil.Process(pid)
+        return [pid, *(child.pid for child in top.children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def in_words(code: int) -> str:
+    return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def bare_environment(mark: dict[str, str], **more: str) -> dict[str, str]:
+    """What a launcher or a VMM gets: a path and its mark, nothing of the user's."""
+    return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", **mark, **more}
+
+
+def private_folder(name: str, ledger_id: str, parent: Path) -> Path:
+    return parent / f"isolatency-{ledger_id}-{name}"

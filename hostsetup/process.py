@@ -1,0 +1,103 @@
+"""The server as a host process: a chroot of the same tree, the host's own network, one cgroup."""
+
+import os
+import signal
+import socket
+import subprocess
+from contextlib import suppress
+
+from hostsetup.cgroup import placed
+from hostsetup.ledger import folder
+from hostsetup.lifecycle import Lifecycle, bare_environment, in_words, private_folder, tree_of
+from images import shell, store
+
+STOP_S = 5.0
+HOST = "127.0.0.1"
+
+# Runs in mount and PID namespaces of its own. $1: the tree, $2: where it is mounted; the rest is the server's command.
+# The tree is read-only; /tmp and /run are in memory, as in a container and in a guest.
+_ENTER = """set -e
+tree=$1 root=$2; shift 2
+mount --bind "$tree" "$root"
+mount -o remount,bind,ro "$root"
+mount -t proc proc "$root/proc"
+mount --rbind /sys "$root/sys"
+mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
+mount -t tmpfs -o mode=755 tmpfs "$root/run"
+mount -t tmpfs -o mode=755 tmpfs "$root/dev"
+for device in null zero full random urandom; do
+    : >"$root/dev/$device"
+    mount --bind "/dev/$device" "$root/dev/$device"
+done
+exec "$@"
+"""
+
+
+class Process(Lifecycle):
+    """In PID and mount namespaces: whoever kills the launcher kills all of it, and its mounts go with it."""
+
+    bound_s = 30.0
+
+    def _start(self) -> str:
+        ledger, spec = self.context.ledger, self.spec
+        root = private_folder(spec.name, ledger.id, folder())
+        entry = ledger.add("dir", path=str(root))
+        self._stack.callback(ledger.remove, entry)
+        port = int(spec.options.get("port", 0)) or _free_port()
+        place = self._stack.enter_context(placed(ledger, spec.name, self.context.cores[-spec.cpus :], spec.mem_mib))
+        self.caveats += place.caveats
+        argv = place.argv(
+            [*_unshare(), "/bin/sh", "-c", _ENTER, "sh", self.images.tree, root, *self._server(root, port)]
+        )
+        number, mark = ledger.mark(spec.name)
+        self._stack.callback(ledger.remove, number)
+        if not shell.dry_run():
+            root.mkdir()
+        with self.console.open("wb") if not shell.dry_run() else open(os.devnull, "wb") as console:  # noqa: PTH123
+            self._process = shell.spawn(argv, env=bare_environment(mark), stdout=console)
+        self._stack.callback(self._stop)
+        return f"http://{HOST}:{port}"
+
+    def _server(self, root: object, port: int) -> list[str]:
+        user = ["--userspec=1000:1000", "--groups="] if os.geteuid() == 0 and _host_root() else []
+        environment = [f"{key}={value}" for key, value in store.server_env().items()]
+        enter = ["env", "-i", *environment, "/usr/sbin/chroot", *user, str(root)]
+        # The tree's own shell, for the working directory: a chroot begins at its root.
+        inside = ["/bin/busybox", "sh", "-c", 'cd /tmp && exec "$@"', "sh", "/usr/bin/python3.11", "-m", "server"]
+        return [*enter, *inside, "--host", HOST, "--port", str(port), *self.server_args()]
+
+    def _ended(self) -> str | None:
+        code = self._process.poll()
+        return None if code is None else in_words(code)
+
+    def pids(self) -> list[int]:
+        return tree_of(self._process.pid)
+
+    def _stop(self) -> None:
+        """SIGTERM to the server, the launcher's only child; the ledger's SIGKILL follows."""
+        for pid in self.pids()[1:]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=STOP_S)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+def _unshare() -> list[str]:
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    return ["unshare", *user, "--mount", "--pid", "--fork", "--kill-child=KILL", "--"]
+
+
+def _host_root() -> bool:
+    """Only the host's root has a user 1000 to become; in a user namespace of one user there is none."""
+    with open("/proc/self/uid_map") as file:  # noqa: PTH123
+        return file.read().split()[:2] == ["0", "0"]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        port: int = listener.getsockname()[1]
+        return port
