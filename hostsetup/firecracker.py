@@ -148,7 +148,8 @@ class Firecracker(Guest):
         keyboard = ["i8042.noaux", "i8042.nomux", "i8042.dumbkbd"]
         words = [*console, "reboot=k", "panic=1", *keyboard, *place.boot_words, *self.guest_words()]
         boot = {
-            "kernel_image_path": place.path(self.kernel), "initrd_path": place.path(self.initrd), "boot_args": refuse_long(words),
+            "kernel_image_path": place.path(self.kernel), "initrd_path": place.path(self.initrd),
+            "boot_args": refuse_long(words),
         }  # fmt: skip
         self._api.put("/boot-source", boot)
         drive = {

@@ -38,7 +38,7 @@ class Qemu(Guest):
 
 
 def tcg_words(accel: str | None) -> list[str]:
-    """Only under emulation: no mitigations against a CPU that is not there, and the clock's rate, which it can't find."""
+    """Only under emulation: no mitigations for a CPU that is not there, and the clock rate that it cannot find."""
     if accel == "kvm":
         return []
     rate = "HOST_TSC_KHZ" if shell.dry_run() else tsc_khz()
