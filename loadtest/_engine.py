@@ -222,16 +222,22 @@ class Engine:
         self._epoll.modify(connection.fd, EPOLLIN)
         connection.reader = AnswerReader()
         connection.state = IDLE
-        if self._may_send(connection, _now()):
+        if connection.active:
             self._send(connection)
 
     def _send(self, connection: Connection) -> None:
+        """Send the next request, unless the block is over."""
         assert connection.work is not None
         data = connection.work.requests[connection.query]
+        now = _now()
+        if now >= self._until_ns and not self._unserved:
+            if not self._busy:
+                self._over.set()
+            return
         connection.state = BUSY
         connection.first_ns = 0
         self._busy += 1
-        connection.sent_ns = _now()
+        connection.sent_ns = now
         try:
             sent = connection.sock.send(data)
         except BlockingIOError:
@@ -300,7 +306,7 @@ class Engine:
             self._close(connection)
             if self._may_send(connection, now):
                 self._open(connection)
-        elif connection.active and (now < self._until_ns or self._unserved):
+        elif connection.active:
             self._send(connection)
 
     def _record(self, connection: Connection, now: int, outcome: int, status: int, size: int) -> None:

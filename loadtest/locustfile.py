@@ -181,6 +181,7 @@ class Plain(Mode):
             self.fail(error)
             return
         self.engine = self.new_engine(self.options.request_timeout)
+        self._ended = Event()
         self._flusher = gevent.spawn(self._flush_now_and_then)
 
     def add_user(self) -> Connection | None:
@@ -204,8 +205,7 @@ class Plain(Mode):
             self._load.flush(self.engine, count=False)
 
     def _flush_now_and_then(self) -> None:
-        while True:
-            gevent.sleep(FLUSH_S)
+        while not self._ended.wait(FLUSH_S):
             try:
                 assert self._load is not None and self.engine is not None
                 self._load.flush(self.engine)
@@ -214,11 +214,13 @@ class Plain(Mode):
                 return
 
     def stop(self) -> None:
+        if self.engine is not None:
+            self._ended.set()
+            self._flusher.join()  # it may be in the middle of writing the samples
         load, engine = self._load, self.engine
         self._load = self.engine = None
         if load is None or engine is None:
             return
-        self._flusher.kill()
         try:
             load.flush(engine)
             load.close()
