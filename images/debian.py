@@ -7,6 +7,7 @@ apt configuration serves all of it: kernel packages are fetched by a hook, with 
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def fetch(pinned: Debian, out: Path, scratch: Path) -> Base:
         '--aptopt=APT::Install-Recommends "false"',
         *(f"--aptopt={line}" for line in _proxies()),
         f"--extract-hook={fetch_kernels}",
-        f"--extract-hook=copy-out /var/cache/apt/archives {debs}",
+        f"--extract-hook=copy-out /var/cache/apt/archives {shlex.quote(str(debs))}",
         pinned.release,
         out / "base.tar",
         *_sources(pinned),

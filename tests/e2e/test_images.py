@@ -122,7 +122,7 @@ def second(open_folder: Path) -> tuple[Place, Result]:
     as_user = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups"]
     if IS_ROOT and subprocess.run([*as_user, sys.executable, "-c", ""], capture_output=True).returncode == 0:
         prefix += as_user
-    there = place(open_folder / "quite/another/folder", prefix)
+    there = place(open_folder / "quite another/folder", prefix)
     if IS_ROOT:
         subprocess.run(["chown", "-R", "1000:1000", there.folder], check=True)
     made = there.build()
