@@ -127,10 +127,10 @@ def ps() -> None:
 @click.argument("names", nargs=-1, metavar="[NAME…]")
 def down(names: Sequence[str]) -> None:
     """Stop kept targets: those named, or all."""
-    from loadtest import _keep
+    from hostsetup import supervisor
 
-    for line in _keep.down(names):
-        print(line)
+    for name in supervisor.stop(names):
+        print(f"stopped {name}")
 
 
 @cli.command()
@@ -138,7 +138,9 @@ def down(names: Sequence[str]) -> None:
 @click.option("--quick", is_flag=True, help="The short plan, under 3 minutes with five targets.")
 @target_option
 @click.option("--only", type=click.Choice(["batch", "load"]), help="Leave the other half out.")
-@click.option("--out", type=click.Path(path_type=Path), default="results", show_default=True, help="Parent of run folders.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="results", show_default=True, help="Parent of run folders."
+)
 @click.option("--allow-difference", is_flag=True, help="Measure unequal targets all the same; every table is marked.")
 @click.option("--seed", type=int, help="Seed of every order and choice in the run.")
 @click.option("--seconds", type=float, help="Seconds of load per target, model and load.")
@@ -149,7 +151,7 @@ def run(plan: Path | None, quick: bool, targets: Sequence[str], out: Path, **fla
 
     if plan is not None and quick:
         raise click.UsageError("--quick is a plan of its own; give it or PLAN.toml")
-    chosen = _keep.choose(_plan.read(plan, quick=quick), targets, flags, errors)
+    chosen = _keep.choose(_plan.read(plan, quick=quick), targets, flags, _step)
     command = ["isolatency", *sys.argv[1:]]
     with _Display() as show:
         path, code = _run.run(chosen, out, command=command, show=_run.Show(show.step, show.progress))
@@ -166,7 +168,12 @@ class _Display:
     def __enter__(self) -> "_Display":
         self._bar: Progress | None = None
         if errors.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(),
+            )
             self._bar = Progress(*columns, console=errors, transient=True)
             self._task = self._bar.add_task("", total=None)
             self._bar.start()

@@ -45,7 +45,7 @@ def drive(
     endpoints_file.write_bytes(msgspec.json.encode({"targets": [_endpoint(one) for one in live]}))
     entry, marked = ledger.mark("locust")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LOCUST_")} | marked
-    argv = [
+    argv: list[str | Path] = [
         "taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "locust", "-f", LOCUSTFILE, "--headless",
         "--plan", plan_file, "--endpoints", endpoints_file, "--out", folder,
     ]  # fmt: skip

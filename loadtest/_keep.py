@@ -1,6 +1,7 @@
 """What the commands choose before they call: the targets of a run, and the ones that `up` keeps."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -8,8 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hostsetup import doctor, supervisor
+from hostsetup.ledger import Ledger
+from hostsetup.target import Context
+from images import shell, store
 from images.errors import IsolatencyError
-from images.shell import dry_run
 from loadtest import _plan, _run
 from loadtest._plan import MODELS, Plan
 
@@ -44,8 +47,8 @@ def _able(say: Say) -> Iterator[dict[str, Any]]:
         raise IsolatencyError("this machine can run no kind of target; `isolatency doctor` says what mends it")
 
 
-def up(targets: Sequence[str], models: Sequence[str], internet: bool, say: Say) -> Iterator[tuple[str, str]]:
-    """Start each target and yield its name and URL once it answers. Raises what the first that fails raises."""
+def up(targets: Sequence[str], models: Sequence[str], internet: bool, say: Say) -> Iterator[str]:
+    """Start each target and yield its URL once it answers. Raises what the first that fails raises."""
     plan = Plan(
         models=tuple(models) or MODELS,
         targets=tuple(_plan.parse_target(text) for text in targets),
@@ -56,12 +59,13 @@ def up(targets: Sequence[str], models: Sequence[str], internet: bool, say: Say) 
     args = [word for model in plan.models for word in ("--model", model)] + ["--jobs"]
     for spec in plan.specs():
         cores = _run.split_cores(here.cores, spec.cpus)[0]
-        if dry_run():
-            _run.dry_run_target(spec, cores, args, internet)
+        if shell.dry_run():
+            with Ledger.open("run", "dry run") as ledger:
+                context = Context(ledger, store.current(), cores, tuple(args), Path("logs"), internet=internet)
+                _run.dry_run_target(spec, context)
             continue
         say(f"starting {spec.name}")
-        owner = supervisor.start(spec, cores=cores, server_args=args, internet=internet)
-        yield spec.name, owner.notes["url"]
+        yield str(supervisor.start(spec, cores=cores, server_args=args, internet=internet).notes["url"])
 
 
 def table(console: Console) -> None:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +88,8 @@ class Record:
         _write(self.path / "manifest.json", values)
 
     def close(self) -> None:
-        _samples.join(self.path)
+        self.caveats += _samples.join(self.path)
         self._manifest |= _manifest.end()
-        self._manifest["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
         self.save()
 
     def measured(self) -> bool:

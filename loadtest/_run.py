@@ -136,9 +136,14 @@ def _check_memory(phase: Phase, here: Machine) -> None:
 def _dry_run(todo: Sequence[Phase], context: Context) -> None:
     for phase in todo:
         for spec in phase.specs:
-            shell.say(f"start the target {spec.name} ({spec.kind}), {spec.cpus} CPU, {spec.mem_mib} MiB:")
-            with make(spec, context):
-                shell.say(f"check its answers, load it and take {spec.name} down:")
+            dry_run_target(spec, context)
+
+
+def dry_run_target(spec: Spec, context: Context) -> None:
+    """Print every command that would start and end this target."""
+    shell.say(f"start the target {spec.name} ({spec.kind}), {spec.cpus} CPU, {spec.mem_mib} MiB:")
+    with make(spec, context):
+        shell.say(f"use {spec.name}, then take it down:")
 
 
 def _new_folder(out: Path) -> Path:

@@ -1,0 +1,69 @@
+"""Parity: each difference is found and named; what emulation cannot help is a caveat."""
+
+from typing import Any
+
+import numpy as np
+
+from hostsetup.target import Endpoint, Spec
+from loadtest._parity import Facts, compare
+
+SAME: dict[str, Any] = {"schema": 1, "tree_sha256": "aa", "blas_kernel": "Zen", "blas_threads": 1}
+OUTPUTS = {
+    "knn": {"label": np.array([0, 1, 1])},
+    "dnn": {"label": np.array([3, 4]), "probabilities": np.array([[0.25, 0.75], [0.5, 0.5]])},
+}
+
+
+def facts(name: str, identity: dict[str, Any] | None, *, accel: str | None = None, outputs: Any = None, **options: Any) -> Facts:
+    kind = "qemu" if accel else "process"
+    endpoint = Endpoint(name, kind, "http://127.0.0.1:1", accel, accel is not None, identity, 0.1)
+    return Facts(endpoint, Spec(name, kind, options=options), outputs or OUTPUTS)
+
+
+def test_equal_targets_have_neither_differences_nor_caveats() -> None:
+    found = compare(facts("a", SAME), facts("b", SAME))
+    assert (found.differences, found.caveats) == ([], [])
+
+
+def test_each_difference_of_identity_is_named() -> None:
+    for key, value, words in (
+        ("tree_sha256", "bb", "tree sha256: a has aa, b has bb"),
+        ("blas_kernel", "Haswell", "BLAS kernel: a has Zen, b has Haswell"),
+        ("blas_threads", 2, "BLAS threads: a has 1, b has 2"),
+    ):
+        assert compare(facts("a", SAME), facts("b", SAME | {key: value})).differences == [words]
+
+
+def test_an_emulated_cpu_may_pick_another_blas_kernel_but_not_another_tree() -> None:
+    found = compare(facts("a", SAME), facts("qemu", SAME | {"blas_kernel": "Haswell"}, accel="tcg"))
+    assert found.differences == []
+    assert "qemu-tcg has Haswell" in found.caveats[0]
+    assert compare(facts("a", SAME), facts("q", SAME | {"tree_sha256": "bb"}, accel="tcg")).differences
+
+
+def test_a_kernel_of_its_own_exempts_from_the_digest_but_not_from_the_answers() -> None:
+    other = dict(OUTPUTS, knn={"label": np.array([0, 1, 0])})
+    found = compare(facts("a", SAME), facts("b", SAME | {"tree_sha256": "bb"}, outputs=other, kernel="/k"))
+    assert found.differences == ["knn: 1 of 3 values of label differ between a and b"]
+    assert "digest check does not apply" in found.caveats[0]
+
+
+def test_an_unknown_server_is_compared_by_its_answers_alone() -> None:
+    found = compare(facts("a", SAME), facts("prod", None))
+    assert found.differences == []
+    assert "unknown server" in found.caveats[0]
+
+
+def test_probabilities_may_differ_by_a_ten_thousandth() -> None:
+    def moved(by: float) -> list[str]:
+        outputs = dict(OUTPUTS, dnn={**OUTPUTS["dnn"], "probabilities": OUTPUTS["dnn"]["probabilities"] + by})
+        return compare(facts("a", SAME), facts("b", SAME, outputs=outputs)).differences
+
+    assert moved(0.9e-4) == []
+    assert len(moved(1.1e-4)) == 1
+    assert len(moved(float("nan"))) == 1
+
+
+def test_a_missing_or_misshapen_output_is_a_difference() -> None:
+    less = dict(OUTPUTS, dnn={"label": OUTPUTS["dnn"]["label"]})
+    assert "probabilities" in compare(facts("a", SAME), facts("b", SAME, outputs=less)).differences[0]

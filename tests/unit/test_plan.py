@@ -1,0 +1,132 @@
+"""Plans: what is read, what is refused, and in which words."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from images.errors import UsageError
+from loadtest import _plan
+from loadtest._plan import Machine, Plan
+
+HERE = Machine(cores=(0, 1), mem_mib=4096)
+
+
+def plan(*targets: str, **values: object) -> Plan:
+    made = Plan(targets=tuple(_plan.parse_target(text) for text in targets))
+    return msgspec.structs.replace(made, **values)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("process", {"name": "process", "kind": "process"}),
+        ("a=docker:cpus=1,mem_mib=512", {"name": "a", "kind": "docker", "cpus": 1, "mem_mib": 512}),
+        ("docker:runtime=runsc", {"name": "docker", "kind": "docker", "runtime": "runsc"}),
+        ("firecracker:console=false", {"name": "firecracker", "kind": "firecracker", "console": False}),
+        ('firecracker:"boot_args=quiet,x"', {"name": "firecracker", "kind": "firecracker", "boot_args": "quiet,x"}),
+        ("prod=url:http://127.0.0.1:8080", {"name": "prod", "kind": "url", "url": "http://127.0.0.1:8080"}),
+        ("url:http://127.0.0.1/?a=b", {"name": "url", "kind": "url", "url": "http://127.0.0.1/?a=b"}),
+    ],
+)
+def test_a_target_in_words(text: str, expected: dict[str, object]) -> None:
+    assert _plan.parse_target(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("dokcer", "nearest known one is 'docker'"),
+        ("=docker", "empty name"),
+        ("docker:cpu=1", "nearest known one is 'cpus'"),
+        ("docker:cpus", "wants option=value, found 'cpus'"),
+        ("docker:cpus=two", "whole number for cpus, found 'two'"),
+        ("firecracker:console=maybe", "console=true or console=false"),
+    ],
+)
+def test_a_target_that_cannot_be_read(text: str, found: str) -> None:
+    with pytest.raises(UsageError, match=found):
+        _plan.parse_target(text)
+
+
+def test_the_plans_that_come_with_it_can_be_read() -> None:
+    for path in _plan.PLANS.glob("*.toml"):
+        assert _plan.read(path).schema == 1
+    assert _plan.read(None, quick=True).quick
+    report = _plan.read(_plan.PLANS / "report.toml")
+    assert [(spec.kind, spec.cpus, spec.mem_mib) for spec in report.specs()] == [
+        ("process", 8, 16384),
+        ("docker", 8, 16384),
+        ("firecracker", 8, 16384),
+    ]
+    assert [(job.job, job.repeats) for job in report.jobs] == [("knn", 100), ("dnn", 10)]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("seed = 1\nsecond = 2\n", 2, "'second'; the nearest known one is 'seconds'"),
+        ('[[targets]]\nkind = "docker"\n[[targets]]\nkind = "uml"\nmem_mb = 1\n', 5, "'mem_mb'; the nearest known one is 'mem_mib'"),
+        ('[[targets]]\nkind = "docker"\nhuge_pages = "2M"\n', 3, "unknown key 'huge_pages'"),
+        ('seed = 1\n\n[[job]]\njob = "knn"\n', 3, "'job'; the nearest known one is 'jobs'"),
+        ('[[jobs]]\njob = "knn"\nrepeat = 3\n', 3, "'repeat'; the nearest known one is 'repeats'"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        _plan.read(path)
+    assert f"p.toml:{line}: unknown key" in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["seed = ", "seed = 'one'", "jobs = 3", "targets = [1]"])
+def test_nonsense_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "p.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        _plan.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_written_is_read_back_the_same(tmp_path: Path) -> None:
+    before = plan("process", "a=docker:mem_mib=256", "firecracker:console=false", jobs=(_plan.Job("knn", 2, 100),))
+    _plan.save(before, tmp_path / "plan.toml")
+    assert _plan.read(tmp_path / "plan.toml") == before
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (plan("process", "process"), "two targets are called 'process'"),
+        (plan("process:cpus=3"), "gives 2 at most"),
+        (plan("process:mem_mib=9999"), "largest that fits is 4096"),
+        (plan("uml:cpus=2"), "uml"),
+        (plan("process", "docker:mem_mib=256"), "--allow-difference"),
+        (plan("process", loads=("open-1",)), "closed-N"),
+        (plan("process", loads=("closed-0",)), "closed-N"),
+        (plan("process", models=("knm",)), "nearest known one is 'knn'"),
+        (plan("process", models=()), "no model"),
+        (plan("process", seconds=-1.0), "seconds"),
+        (plan("process", seconds=1.0, warmup_s=1.0), "warmup_s"),
+        (plan("process", schema=2), "schema"),
+        (plan("process", jobs=(_plan.Job("knn", 0, 10),)), "knn.repeats is 0"),
+        (plan("process", only="serve"), "batch or load"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(bad: Plan, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        _plan.validate(bad, HERE)
+
+
+def test_what_can_run_is_not_refused() -> None:
+    _plan.validate(plan("process", "b=process", "docker", "uml", "qemu:cpus=1"), HERE)
+    _plan.validate(plan("process", "docker:mem_mib=256", allow_difference=True), HERE)
+
+
+def test_an_emulated_phase_has_its_own_seconds_and_patience() -> None:
+    made = plan("qemu", seconds=20.0, emulated_seconds=4.0, warmup_s=2.0, request_timeout_s=10.0)
+    native, emulated = made.for_engine("native", False), made.for_engine("qemu", True)
+    assert (native["seconds"], native["warmup_s"], native["request_timeout_s"]) == (20.0, 2.0, 10.0)
+    assert (emulated["seconds"], emulated["warmup_s"], emulated["request_timeout_s"]) == (4.0, 1.0, 60.0)
