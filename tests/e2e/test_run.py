@@ -1,0 +1,163 @@
+"""`isolatency run` as a user calls it: every kind that can run here, and what a run leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.e2e.conftest import ISOLATENCY, Command
+
+KINDS = ("process", "docker", "firecracker", "qemu", "uml")
+
+
+@pytest.fixture(scope="module")
+def quick(isolatency: Command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("results")
+    done = isolatency("run", "--quick", "--out", out, sandboxed=True, timeout_s=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out / "latest", done
+
+
+@pytest.fixture(scope="module")
+def summary(quick: tuple[Path, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((quick[0] / "summary.json").read_text())
+    return found
+
+
+def test_every_kind_that_can_run_is_measured(summary: dict[str, Any], able: dict[str, str]) -> None:
+    wanted = {kind for kind in KINDS if able[kind] == "yes"}
+    assert {target["kind"] for target in summary["targets"]} == wanted
+    cells = {(cell["target"], cell["model"], cell["load"]) for cell in summary["cells"]}
+    assert cells == {(k, m, load) for k in wanted for m in ("knn", "dnn", "null") for load in ("closed-1", "closed-16")}
+    assert {(row["target"], row["job"]) for row in summary["batch"]} == {(k, job) for k in wanted for job in ("knn", "dnn")}
+
+
+def test_no_request_failed_and_there_were_many(summary: dict[str, Any]) -> None:
+    assert sum(cell["failures"] for cell in summary["cells"]) == 0
+    assert sum(cell["requests"] for cell in summary["cells"]) > 1000
+
+
+def test_one_tree_everywhere_and_each_blas_kernel_is_named(summary: dict[str, Any]) -> None:
+    identities = [target["identity"] for target in summary["targets"]]
+    assert len({identity["tree_sha256"] for identity in identities}) == 1
+    assert len(identities[0]["tree_sha256"]) == 64
+    assert all(identity["blas_kernel"] for identity in identities)
+
+
+def test_emulated_targets_are_marked_and_have_no_ratio(quick: tuple[Path, Any], summary: dict[str, Any]) -> None:
+    emulated = {target["name"]: target for target in summary["targets"] if target["emulated"]}
+    for cell in summary["cells"]:
+        if cell["target"] in emulated:
+            assert cell["ratio"] is None or not any(cell["ratio"].values())
+    text = (quick[0] / "report.md").read_text() + quick[1].stdout
+    for target in emulated.values():
+        label = {"tcg": "qemu-tcg", "nested": "firecracker (nested)"}[target["accel"]]
+        assert label in text
+
+
+def test_figures_are_of_a_plausible_size(summary: dict[str, Any]) -> None:
+    for cell in summary["cells"]:
+        assert 0 < cell["mean_us"] < 60e6
+        assert cell["p50_us"] is None or 0 < cell["p50_us"] <= cell["max_us"]
+        connections = int(cell["load"].removeprefix("closed-"))
+        # Little's law: requests in flight = rate x time in the system; never more than the connections
+        assert cell["throughput_rps"] * cell["mean_us"] / 1e6 <= connections * 1.05
+
+
+def test_the_run_folder_holds_what_the_readme_names(quick: tuple[Path, Any], summary: dict[str, Any]) -> None:
+    folder = quick[0]
+    for name in ("plan.toml", "manifest.json", "targets.json", "samples.parquet", "blocks.csv", "batch.csv", "report.md"):
+        assert (folder / name).stat().st_size > 0, name
+    samples = pd.read_parquet(folder / "samples.parquet", columns=["target", "outcome", "warmup"])
+    counted = samples[~samples["warmup"]].groupby("target", observed=True).size()
+    reported = pd.DataFrame(summary["cells"]).groupby("target")["requests"].sum()
+    assert counted.to_dict() == reported.to_dict()
+    assert not list(folder.glob("*.part")) and not list(folder.glob("samples-*")) and not list(folder.glob("plan-*"))
+    plan = tomllib.loads((folder / "plan.toml").read_text())
+    assert [target["kind"] for target in plan["targets"]] == [t["kind"] for t in plan["targets"] if t["kind"] in KINDS]
+
+
+def test_the_report_is_made_again_from_the_folder_alone(
+    isolatency: Command, quick: tuple[Path, Any], summary: dict[str, Any]
+) -> None:
+    folder = quick[0]
+    (folder / "summary.json").unlink()
+    text = (folder / "report.md").read_text()
+    again = isolatency("report", folder)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert (folder / "report.md").read_text() == text
+    other = isolatency("report", folder, "--baseline", "nobody")
+    assert other.returncode == 2 and "process" in other.stderr
+
+
+def test_the_plan_of_a_run_runs_again(isolatency: Command, quick: tuple[Path, Any], tmp_path: Path) -> None:
+    plan = tomllib.loads((quick[0] / "plan.toml").read_text())
+    again = isolatency(
+        "run", quick[0] / "plan.toml", "--target", "process", "--only", "load", "--seconds", "1.5", "--out", tmp_path,
+        sandboxed=True,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    written = tomllib.loads((tmp_path / "latest" / "plan.toml").read_text())
+    assert [target["name"] for target in written["targets"]] == ["process"]
+    assert written["seed"] == plan["seed"] and written["only"] == "load"
+    assert not (tmp_path / "latest" / "batch.csv").exists()
+
+
+def test_two_runs_at_once_are_refused(isolatency: Command, tmp_path: Path) -> None:
+    argv = [ISOLATENCY, "sandbox", "--", ISOLATENCY, "run", "--quick", "--target", "process", "--out", tmp_path / "a"]
+    first = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        end = time.monotonic() + 120
+        while not list(tmp_path.glob("a/2*/targets.json")) and time.monotonic() < end:
+            time.sleep(0.1)
+        second = isolatency("run", "--quick", "--target", "process", "--out", tmp_path / "b", sandboxed=True)
+        assert second.returncode == 1
+        assert "another run" in second.stderr
+    finally:
+        first.kill()
+        first.wait()
+        isolatency("clean")
+
+
+def test_ctrl_c_keeps_what_was_measured(isolatency: Command, tmp_path: Path) -> None:
+    argv = [ISOLATENCY, "sandbox", "--", ISOLATENCY, "run", "--quick", "--target", "process", "--target", "uml", "--out", tmp_path]
+    running = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("2*/samples-native*")) and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(4)
+    os.killpg(running.pid, signal.SIGINT)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    folder = next(tmp_path.glob("2*"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["partial"] and "interrupted" in manifest["errors"][0]
+    assert len(pd.read_parquet(folder / "samples.parquet")) > 0
+    assert "partial" in (folder / "report.md").read_text().lower()
+    assert isolatency("clean").stdout.startswith(("nothing to remove", "left alone"))
+
+
+def test_a_target_that_cannot_start_is_an_error_and_the_others_are_measured(isolatency: Command, tmp_path: Path) -> None:
+    done = isolatency(
+        "run", "--quick", "--only", "load", "--seconds", "1.5", "--target", "process",
+        "--target", "bad=docker:image=no-such-image-anywhere", "--out", tmp_path, sandboxed=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "no-such-image-anywhere" in done.stderr
+    found = json.loads((tmp_path / "latest" / "summary.json").read_text())
+    assert {cell["target"] for cell in found["cells"]} == {"process"}
+
+
+def test_a_dry_run_prints_and_makes_nothing(isolatency: Command, tmp_path: Path) -> None:
+    done = isolatency("run", "--quick", "--dry-run", "--target", "process", "--target", "uml", "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert "would run: ip tuntap add" in done.stdout or "would run: ip" in done.stdout
+    assert not (tmp_path / "r").exists()

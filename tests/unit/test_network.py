@@ -1,0 +1,109 @@
+"""Taps, addresses and NAT, in network namespaces of the test's own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hostsetup.network import Slot
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0, reason="network namespaces are made as root here; run the tests as root"
+)
+HEAD = """
+import json
+from hostsetup import network
+from hostsetup.ledger import Ledger
+from images import shell
+from images.errors import IsolatencyError
+def names():
+    return {link["ifname"] for link in json.loads(shell.run(["ip", "-json", "link"], changes=False).stdout)}
+"""
+
+
+def in_namespace(script: str, before: str = "ip link set lo up") -> str:
+    """Run Python in a new network namespace (with mounts of its own, for ip netns); its output."""
+    command = f'{before} && exec {sys.executable} -c "$0"'
+    argv = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", command, HEAD + script]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_slots_names_and_addresses() -> None:
+    slot = Slot(10)
+    assert (slot.tap, slot.host_ip, slot.guest_ip, slot.mac) == (
+        "tap10",
+        "172.16.10.1",
+        "172.16.10.2",
+        "06:00:AC:10:0A:02",
+    )
+
+
+def test_the_lowest_free_index_is_taken_and_given_back() -> None:
+    said = in_namespace("""
+with Ledger.open("test", "n") as ledger:
+    with network.guest_slot(ledger) as first:
+        with network.guest_slot(ledger) as second:
+            print(first.tap, second.tap, sorted(names() - {"lo"}))
+            shown = json.loads(shell.run(["ip", "-json", "address", "show", "dev", "tap0"], changes=False).stdout)[0]
+            print([(a["local"], a["prefixlen"]) for a in shown["addr_info"] if a["family"] == "inet"])
+    with network.guest_slot(ledger) as again:
+        print(again.tap)
+print(sorted(names()))
+""")
+    assert said.splitlines() == ["tap0 tap1 ['tap0', 'tap1']", "[('172.16.0.1', 24)]", "tap0", "['lo']"]
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [
+        ("ip tuntap add dev tap0 mode tap", "tap0"),
+        ("ip link add d0 type dummy && ip addr add 172.16.0.9/16 dev d0 && ip link set d0 up", "172.16.0.0/16"),
+    ],
+)
+def test_what_somebody_else_put_there_is_refused_by_name(before: str, words: str) -> None:
+    said = in_namespace(
+        """
+try:
+    with Ledger.open("test", "n") as ledger, network.guest_slot(ledger):
+        print("made")
+except IsolatencyError as error:
+    print(error)
+""",
+        before,
+    )
+    assert words in said and "made" not in said
+
+
+def test_internet_reaches_the_outside_and_is_undone(tmp_path: Path) -> None:
+    """A second namespace is the outside: a guest's address gets an answer from it only while NAT is on."""
+    said = in_namespace(
+        """
+forward = network.FORWARD
+rules = lambda: shell.run(["iptables-save"], changes=False).stdout.count("isolatency-")
+print("before", forward.read_text().strip(), rules())
+def guest_reaches():
+    return shell.run(["ip", "netns", "exec", "guest", "ping", "-c1", "-W2", "198.51.100.2"], changes=False, check=False).returncode == 0
+with Ledger.open("test", "n") as ledger, network.guest_slot(ledger) as slot:
+    # a veth pair stands in for the guest behind the tap: same addresses, and the rules name its interface
+    shell.run(["ip", "link", "del", "dev", slot.tap])
+    shell.run(["ip", "link", "add", slot.tap, "type", "veth", "peer", "name", "eth0", "netns", "guest"])
+    shell.run(["ip", "address", "add", slot.host_ip + "/24", "dev", slot.tap])
+    shell.run(["ip", "link", "set", slot.tap, "up"])
+    for words in (["address", "add", slot.guest_ip + "/24", "dev", "eth0"], ["link", "set", "eth0", "up"],
+                  ["route", "add", "default", "via", slot.host_ip]):
+        shell.run(["ip", "-n", "guest", *words])
+    print("without", guest_reaches())
+    with network.internet(ledger, slot):
+        print("with", forward.read_text().strip(), rules(), guest_reaches())
+    print("after", forward.read_text().strip(), rules())
+""",
+        "mount -t tmpfs tmpfs /run && mkdir -p /run/netns && ip link set lo up && ip netns add out && ip netns add guest "
+        "&& ip link add up0 type veth peer name eth0 netns out && ip addr add 198.51.100.1/24 dev up0 && ip link set up0 up "
+        "&& ip -n out addr add 198.51.100.2/24 dev eth0 && ip -n out link set eth0 up "
+        "&& ip route add default via 198.51.100.2 && sysctl -qw net.ipv4.ip_forward=0",
+    )
+    assert said.splitlines() == ["before 0 0", "without False", "with 1 3 True", "after 0 0"]
