@@ -5,8 +5,6 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from server.identity import write_canonical_tar
-
 from images import debian, store, tree
 from images.debian import Base
 from images.errors import IsolatencyError, MissingError, UsageError
@@ -14,6 +12,7 @@ from images.ext4 import make_ext4, tree_mib
 from images.kernel import make_kernel, make_uml
 from images.pins import pins
 from images.store import FILES, NEEDED_MIB, Images, cache_dir, sha256, source_key, sweep
+from server.identity import write_canonical_tar
 
 __all__ = ["build", "sweep"]
 
