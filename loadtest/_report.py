@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,6 +27,9 @@ REFERENCE = (
     "It timed knn on all 569 rows, and dnn training for 10 epochs on a CSV whose length it does not give; compare with "
     "the scale and the CPUs of each row here."
 )
+
+
+RATIO_COLUMNS = ("what", "target", "p50 ×", "p99 ×", "req/s ×", "mean time ×")
 
 
 class Grid(NamedTuple):
@@ -57,16 +60,19 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def terminal(summary: Summary, console: Console) -> None:
-    """Print the tables and what has to be known to read them."""
+    """Print the tables and what has to be known to read them; 100 columns wide where that is not a terminal."""
+    if not console.is_terminal:
+        console.width = 100
     for line in _head(summary):
-        console.print(escape(line), style="bold")
+        console.print(escape(line))
     for grid in _grids(summary):
-        table = Table(*grid.columns, title=grid.title, title_justify="left", box=SIMPLE, pad_edge=False)
-        for number, column in enumerate(table.columns):
-            column.justify = "left" if number < 2 else "right"
-            column.overflow = "fold"
-        for row in grid.rows:
-            table.add_row(*map(escape, row))
+        table = Table(title=grid.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for number, column in enumerate(grid.columns):
+            table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
+        before = ""
+        for first, *others in grid.rows:
+            table.add_row("" if first == before else escape(first), *map(escape, others))
+            before = first
         console.print(table)
     for line in _foot(summary):
         console.print(escape(line))
@@ -86,7 +92,7 @@ def _markdown(summary: Summary) -> str:
 
 
 def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def _head(summary: Summary) -> list[str]:
@@ -113,50 +119,74 @@ def _head(summary: Summary) -> list[str]:
 
 def _grids(summary: Summary) -> list[Grid]:
     mark = " (UNEQUAL TARGETS: --allow-difference)" if summary.allow_difference else ""
-    grids = []
+    grids = [_overview(summary, f"Serving and batch side by side{mark}")]
     for emulated in (False, True):
         cells = [cell for cell in summary.cells if cell.emulated is emulated]
         batch = [row for row in summary.batch if row.emulated is emulated]
-        note = ", emulated: says nothing about the real thing" if emulated else f", against {summary.baseline}"
+        note = " (emulated, which says nothing about the real thing)" if emulated else ""
         if cells:
-            grids.append(_serving(f"Serving{note}{mark}", cells, emulated))
+            grids.append(_serving(f"Serving{note}{mark}", cells))
         if batch:
-            grids.append(_jobs(f"Batch jobs{note}{mark}", batch, emulated))
+            grids.append(_jobs(f"Batch jobs{note}{mark}", batch))
+        if not emulated and (ratios := _ratios(cells, batch)):
+            grids.append(Grid(f"Over {summary.baseline}, with 95 % intervals{mark}", RATIO_COLUMNS, ratios))
     if summary.direct:
         grids.append(_direct(summary, mark))
     return grids
 
 
-def _serving(title: str, cells: Sequence[Cell], emulated: bool) -> Grid:
-    columns = ["model, load", "target", "requests", "p50 µs", "p90", "p99", "req/s", "CPU µs"]
-    columns += [] if emulated else ["p50 ×", "p99 ×", "req/s ×"]
+def _overview(summary: Summary, title: str) -> Grid:
+    """One row per target: p50 with one connection, requests per second with the most, and the batch jobs' means."""
+    models = [model for model in ("knn", "dnn", "null") if any(cell.model == model for cell in summary.cells)]
+    loads = sorted({cell.load for cell in summary.cells}, key=lambda load: int(load.rpartition("-")[2]))
+    jobs = list(dict.fromkeys(row.job for row in summary.batch))
+    columns = ["target", ""]
+    if loads:
+        columns += [f"{model}\np50 µs" for model in models] + [f"{model}\nreq/s" for model in models]
+    columns += [f"batch\n{job} s" for job in jobs]
+    rows = []
+    for target in summary.targets:
+        row = [target["label"], "emulated" if target["emulated"] else ""]
+        cells = {(cell.model, cell.load): cell for cell in summary.cells if cell.target == target["name"]}
+        if loads:
+            few = [cells.get((model, loads[0])) for model in models]
+            many = [cells.get((model, loads[-1])) for model in models]
+            row += [_figure(cell.p50_us if cell else None) for cell in few]
+            row += [_figure(cell.throughput_rps if cell else None) for cell in many]
+        means = {found.job: found.mean_s for found in summary.batch if found.target == target["name"]}
+        rows.append(tuple(row + [_figure(means.get(job)) for job in jobs]))
+    note = f": p50 at {loads[0]}, req/s at {loads[-1]}" if loads else ""
+    return Grid(title + note, tuple(columns), rows)
+
+
+def _serving(title: str, cells: Sequence[Cell]) -> Grid:
+    columns = ("model, load", "target", "requests", "p50 µs", "p90 µs", "p99 µs", "req/s", "CPU µs")
     rows = []
     for cell in cells:
-        failed = f" ({cell.failures} failed)" if cell.failures else ""
-        row = [
-            f"{cell.model}, {cell.load}", cell.label, f"{cell.requests}{failed}", _figure(cell.p50_us),
-            _figure(cell.p90_us), _figure(cell.p99_us), _figure(cell.throughput_rps),
-            _figure(cell.host_cpu_us_per_request),
-        ]  # fmt: skip
-        if not emulated:
-            ratio = cell.ratio
-            row += [_ratio(r) for r in ((ratio.p50, ratio.p99, ratio.throughput) if ratio else (None, None, None))]
-        rows.append(tuple(row))
-    return Grid(title, tuple(columns), rows)
+        failed = f" ({cell.failures} FAILED)" if cell.failures else ""
+        figures = (cell.p50_us, cell.p90_us, cell.p99_us, cell.throughput_rps, cell.host_cpu_us_per_request)
+        rows.append((f"{cell.model}, {cell.load}", cell.label, f"{cell.requests}{failed}", *map(_figure, figures)))
+    return Grid(title, columns, rows)
 
 
-def _jobs(title: str, batch: Sequence[Batch], emulated: bool) -> Grid:
-    columns = ["job, scale", "target", "n", "mean s", "median", "sd", "min", "95 % interval", "accuracy"]
-    columns += [] if emulated else ["mean ×"]
+def _jobs(title: str, batch: Sequence[Batch]) -> Grid:
+    columns = ("job, scale", "target", "n", "mean s", "median", "sd", "min", "95 % interval", "accuracy")
     rows = []
     for row in batch:
-        interval = "" if row.ci95_s is None else f"{_figure(row.ci95_s[0])} to {_figure(row.ci95_s[1])}"
-        cells = [
-            f"{row.job}, {row.scale}", row.label, str(row.n), _figure(row.mean_s), _figure(row.median_s),
-            _figure(row.stdev_s), _figure(row.min_s), interval, f"{row.accuracy:.3f}",
-        ]  # fmt: skip
-        rows.append(tuple(cells + ([] if emulated else [_ratio(row.ratio)])))
-    return Grid(title, tuple(columns), rows)
+        interval = "–" if row.ci95_s is None else f"{_figure(row.ci95_s[0])}–{_figure(row.ci95_s[1])}"
+        figures = map(_figure, (row.mean_s, row.median_s, row.stdev_s, row.min_s))
+        rows.append((f"{row.job}, {row.scale}", row.label, str(row.n), *figures, interval, f"{row.accuracy:.3f}"))
+    return Grid(title, columns, rows)
+
+
+def _ratios(cells: Sequence[Cell], batch: Sequence[Batch]) -> list[tuple[str, ...]]:
+    rows = [
+        (f"{cell.model}, {cell.load}", cell.label, *map(_ratio, (cell.ratio.p50, cell.ratio.p99, cell.ratio.throughput)), "–")
+        for cell in cells
+        if cell.ratio
+    ]  # fmt: skip
+    rows += [(f"batch {row.job}", row.label, "–", "–", "–", _ratio(row.ratio)) for row in batch if row.ratio]
+    return rows
 
 
 def _direct(summary: Summary, mark: str) -> Grid:
@@ -179,8 +209,8 @@ def _ratio(ratio: Ratio | None) -> str:
     if ratio is None:
         return "–"
     if ratio.low is None or ratio.high is None:
-        return f"{ratio.estimate:.3f}"
-    return f"{ratio.estimate:.3f} ({ratio.low:.3f}–{ratio.high:.3f})"
+        return f"{ratio.estimate:.2f} (–)"
+    return f"{ratio.estimate:.2f} ({ratio.low:.2f}–{ratio.high:.2f})"
 
 
 def _figure(value: float | None) -> str:

@@ -84,7 +84,7 @@ def ratio_of_means(ours: Floats, base: Floats, level: float = LEVEL) -> Interval
     if a <= 0:
         return None
     root = math.sqrt(max(b * b - a * c, 0.0))
-    return Interval(y / x, (b - root) / a, (b + root) / a)
+    return Interval(float(y / x), float((b - root) / a), float((b + root) / a))
 
 
 def _t(n: int, level: float) -> float:

@@ -176,7 +176,8 @@ def _cells(folder: _Folder, base: str | None, caveats: list[str]) -> list[Cell]:
     if samples is None:
         return []
     try:
-        blocks = pd.read_csv(folder.path / "blocks.csv")
+        # "null" is a model's name here
+        blocks = pd.read_csv(folder.path / "blocks.csv", keep_default_na=False, na_values={"host_cpu_us": [""]})
     except (OSError, ValueError) as error:
         raise IsolatencyError(f"{folder.path / 'blocks.csv'} could not be read: {error}") from error
     cells = []
