@@ -75,7 +75,9 @@ def _run_one(plan: Plan, job: Job, one: Live, rows: int) -> tuple[dict[str, Any]
     try:
         begun = call(http, endpoint, "POST", "/jobs", timeout_s=PREPARE_TIMEOUT_S, body=body)
     except requests.Timeout as error:
-        raise TargetError(f"{endpoint.label}: the job {job.job} was not ready within {PREPARE_TIMEOUT_S:g} s") from error
+        raise TargetError(
+            f"{endpoint.label}: the job {job.job} was not ready within {PREPARE_TIMEOUT_S:g} s"
+        ) from error
     start = time.monotonic_ns()
     while True:
         try:

@@ -45,7 +45,9 @@ def infer(
     for start in range(0, len(rows), INFER_ROWS):
         batch = rows[start : start + INFER_ROWS]
         tensor = {"name": "x", "shape": list(batch.shape), "datatype": "FP32", "data": batch.ravel().tolist()}
-        answer = call(http, endpoint, "POST", f"/v2/models/{model}/infer", timeout_s=timeout_s, body={"inputs": [tensor]})
+        answer = call(
+            http, endpoint, "POST", f"/v2/models/{model}/infer", timeout_s=timeout_s, body={"inputs": [tensor]}
+        )
         parts.append({output["name"]: _array(output) for output in answer["outputs"]})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

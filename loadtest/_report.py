@@ -180,11 +180,11 @@ def _jobs(title: str, batch: Sequence[Batch]) -> Grid:
 
 
 def _ratios(cells: Sequence[Cell], batch: Sequence[Batch]) -> list[tuple[str, ...]]:
-    rows = [
-        (f"{cell.model}, {cell.load}", cell.label, *map(_ratio, (cell.ratio.p50, cell.ratio.p99, cell.ratio.throughput)), "–")
-        for cell in cells
-        if cell.ratio
-    ]  # fmt: skip
+    rows: list[tuple[str, ...]] = []
+    for cell in cells:
+        if cell.ratio:
+            found = map(_ratio, (cell.ratio.p50, cell.ratio.p99, cell.ratio.throughput))
+            rows.append((f"{cell.model}, {cell.load}", cell.label, *found, "–"))
     rows += [(f"batch {row.job}", row.label, "–", "–", "–", _ratio(row.ratio)) for row in batch if row.ratio]
     return rows
 
