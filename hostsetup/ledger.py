@@ -30,6 +30,7 @@ from images.errors import IsolatencyError, ShellError
 What = Literal["run", "kept", "sandbox", "test"]
 MARK = "ISOLATENCY_MARK"
 GONE_S = 5.0
+EXEC_S = 0.05  # a process that is just being executed has no environment to be read for a moment
 CGROUPS = Path("/sys/fs/cgroup")
 RUN_LOCK = Path("/run/lock/isolatency.lock")
 
@@ -311,6 +312,9 @@ def _remove_process(entry: dict[str, Any], owner: str) -> bool:
         return processes(entry["mark"])
 
     found = look()
+    if not found:
+        time.sleep(EXEC_S)
+        found = look()
     if not found:
         return False
     _kill(found, look)

@@ -87,7 +87,8 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start a long-running command. Mark it in the ledger first: `ledger.mark()` gives the environment for it.
 
-    A stream of None is the caller's own. A session of its own keeps the terminal's Ctrl-C away from it: the run takes its targets down itself.
+    A stream of None is the caller's own. A session of its own keeps the terminal's Ctrl-C away from the command: the
+    run takes its targets down itself.
     """
     words = [str(word) for word in argv]
     if _dry:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from hostsetup import doctor, ledger as books
+from hostsetup import doctor
+from hostsetup import ledger as books
 from hostsetup.ledger import Ledger
 from hostsetup.lifecycle import get
 from hostsetup.target import Endpoint, Target

@@ -18,7 +18,9 @@ KINDS = ("process", "docker", "firecracker", "qemu", "uml")
 
 
 @pytest.fixture(scope="module")
-def quick(isolatency: Command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def quick(
+    isolatency: Command, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("results")
     done = isolatency("run", "--quick", "--out", out, sandboxed=True, timeout_s=1500)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -36,7 +38,9 @@ def test_every_kind_that_can_run_is_measured(summary: dict[str, Any], able: dict
     assert {target["kind"] for target in summary["targets"]} == wanted
     cells = {(cell["target"], cell["model"], cell["load"]) for cell in summary["cells"]}
     assert cells == {(k, m, load) for k in wanted for m in ("knn", "dnn", "null") for load in ("closed-1", "closed-16")}
-    assert {(row["target"], row["job"]) for row in summary["batch"]} == {(k, job) for k in wanted for job in ("knn", "dnn")}
+    assert {(row["target"], row["job"]) for row in summary["batch"]} == {
+        (k, job) for k in wanted for job in ("knn", "dnn")
+    }
 
 
 def test_no_request_failed_and_there_were_many(summary: dict[str, Any]) -> None:
@@ -73,7 +77,15 @@ def test_figures_are_of_a_plausible_size(summary: dict[str, Any]) -> None:
 
 def test_the_run_folder_holds_what_the_readme_names(quick: tuple[Path, Any], summary: dict[str, Any]) -> None:
     folder = quick[0]
-    for name in ("plan.toml", "manifest.json", "targets.json", "samples.parquet", "blocks.csv", "batch.csv", "report.md"):
+    for name in (
+        "plan.toml",
+        "manifest.json",
+        "targets.json",
+        "samples.parquet",
+        "blocks.csv",
+        "batch.csv",
+        "report.md",
+    ):
         assert (folder / name).stat().st_size > 0, name
     samples = pd.read_parquet(folder / "samples.parquet", columns=["target", "outcome", "warmup"])
     counted = samples[~samples["warmup"]].groupby("target", observed=True).size()
@@ -128,8 +140,23 @@ def test_two_runs_at_once_are_refused(isolatency: Command, tmp_path: Path) -> No
 
 
 def test_ctrl_c_keeps_what_was_measured(isolatency: Command, tmp_path: Path) -> None:
-    argv = [ISOLATENCY, "sandbox", "--", ISOLATENCY, "run", "--quick", "--target", "process", "--target", "uml", "--out", tmp_path]
-    running = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    argv = [
+        ISOLATENCY,
+        "sandbox",
+        "--",
+        ISOLATENCY,
+        "run",
+        "--quick",
+        "--target",
+        "process",
+        "--target",
+        "uml",
+        "--out",
+        tmp_path,
+    ]
+    running = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     end = time.monotonic() + 120
     while not list(tmp_path.glob("2*/samples-native*")) and time.monotonic() < end:
         time.sleep(0.1)
@@ -145,7 +172,9 @@ def test_ctrl_c_keeps_what_was_measured(isolatency: Command, tmp_path: Path) -> 
     assert isolatency("clean").stdout.startswith(("nothing to remove", "left alone"))
 
 
-def test_a_target_that_cannot_start_is_an_error_and_the_others_are_measured(isolatency: Command, tmp_path: Path) -> None:
+def test_a_target_that_cannot_start_is_an_error_and_the_others_are_measured(
+    isolatency: Command, tmp_path: Path
+) -> None:
     done = isolatency(
         "run", "--quick", "--only", "load", "--seconds", "1.5", "--target", "process",
         "--target", "bad=docker:image=no-such-image-anywhere", "--out", tmp_path, sandboxed=True,

@@ -14,7 +14,9 @@ OUTPUTS = {
 }
 
 
-def facts(name: str, identity: dict[str, Any] | None, *, accel: str | None = None, outputs: Any = None, **options: Any) -> Facts:
+def facts(
+    name: str, identity: dict[str, Any] | None, *, accel: str | None = None, outputs: Any = None, **options: Any
+) -> Facts:
     kind = "qemu" if accel else "process"
     endpoint = Endpoint(name, kind, "http://127.0.0.1:1", accel, accel is not None, identity, 0.1)
     return Facts(endpoint, Spec(name, kind, options=options), outputs or OUTPUTS)

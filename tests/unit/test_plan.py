@@ -66,7 +66,11 @@ def test_the_plans_that_come_with_it_can_be_read() -> None:
     ("text", "line", "words"),
     [
         ("seed = 1\nsecond = 2\n", 2, "'second'; the nearest known one is 'seconds'"),
-        ('[[targets]]\nkind = "docker"\n[[targets]]\nkind = "uml"\nmem_mb = 1\n', 5, "'mem_mb'; the nearest known one is 'mem_mib'"),
+        (
+            '[[targets]]\nkind = "docker"\n[[targets]]\nkind = "uml"\nmem_mb = 1\n',
+            5,
+            "'mem_mb'; the nearest known one is 'mem_mib'",
+        ),
         ('[[targets]]\nkind = "docker"\nhuge_pages = "2M"\n', 3, "unknown key 'huge_pages'"),
         ('seed = 1\n\n[[job]]\njob = "knn"\n', 3, "'job'; the nearest known one is 'jobs'"),
         ('[[jobs]]\njob = "knn"\nrepeat = 3\n', 3, "'repeat'; the nearest known one is 'repeats'"),
