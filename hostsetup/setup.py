@@ -15,11 +15,9 @@ PACKAGES = {
     "e2fsprogs": "ext4 images",
     "iproute2": "taps and namespaces",
     "iptables": "the container bridge, internet=true",
-    "kmod": "kernel modules for the initramfs",
     "mmdebstrap": "the one tree",
     "qemu-system-x86": "qemu, and the emulated host of a nested Firecracker",
     "util-linux": "namespaces",
-    "xz-utils": "packed kernel modules",
 }
 ENGINE = ("docker.io", "docker")
 KEYS = ("debian-archive-keyring", "Debian's keys, to build the tree elsewhere than on Debian")

@@ -75,12 +75,13 @@ def images() -> None:
 
 
 @images.command()
-@click.option("--locked", is_flag=True, help="Refuse a Debian package that differs from the last build's lock.")
-def build(locked: bool) -> None:
+@click.option("--locked", is_flag=True, help="Refuse a Debian package that differs from the current images' lock.")
+@click.option("--refresh", is_flag=True, help="Take Debian's packages anew instead of those in the cache.")
+def build(locked: bool, refresh: bool) -> None:
     """Build what is not yet built; the last line on stdout is the tree's sha256."""
     from images import build as building
 
-    print(building.build(_step, locked=locked).tree_sha256)
+    print(building.build(_step, locked=locked, refresh=refresh).tree_sha256)
 
 
 @images.command("save")
@@ -89,7 +90,7 @@ def save_images(file: Path) -> None:
     """Write all of the current images to FILE."""
     from images import bundle
 
-    bundle.save(file)
+    bundle.save(file, _step)
     print(file)
 
 
@@ -99,7 +100,7 @@ def load_images(file: Path) -> None:
     """Take images from FILE, made by `images save` here or on another machine."""
     from images import bundle
 
-    print(bundle.load(file).tree_sha256)
+    print(bundle.load(file, _step).tree_sha256)
 
 
 @cli.command()

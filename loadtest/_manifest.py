@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from images import shell
+from images import shell, vmm
 from images.errors import IsolatencyError
 from images.store import Images
 
@@ -43,6 +43,7 @@ def begin(*, command: Sequence[str], seed: int, images: Images | None, client_co
         "images": None if images is None else {
             "tree_sha256": images.tree_sha256, "key": images.key, "loaded": images.loaded, "digests": images.digests,
         },
+        "firecracker_checked": vmm.checked() or None,
         "load_before": list(os.getloadavg()),
     }  # fmt: skip
 
