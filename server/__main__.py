@@ -3,7 +3,12 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from server.models.base import Model
 
 MODELS = ("knn", "dnn", "null")
 
@@ -12,50 +17,66 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m server", description="Serve models by the Open Inference Protocol v2."
     )
-    parser.add_argument(
-        "--model", action="append", choices=MODELS, required=True, help="a model to serve; may be repeated"
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="port, 0 for any free one (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="BLAS threads (default: %(default)s)")
-    parser.add_argument("--jobs", action="store_true", help="offer the batch jobs, at /jobs")
-    parser.add_argument("--tree-label", type=Path, help="report the tree digest in this file instead of computing it")
+    add = parser.add_argument
+    add("--model", action="append", choices=MODELS, required=True, help="a model to serve; may be repeated")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=_whole(0, 65535), default=8080, help="port, 0 for any free one (default: %(default)s)")
+    add("--threads", type=_whole(1, 1024), default=1, help="BLAS threads (default: %(default)s)")
+    add("--jobs", action="store_true", help="offer the batch jobs, at /jobs")
+    add("--tree-label", type=Path, metavar="FILE", help="report the tree's digest in FILE instead of computing it")
     return parser.parse_args()
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"wanted a whole number from {least} to {most}; found {text!r}")
+        return int(text)
+
+    return parse
 
 
 def main() -> int:
     chosen = arguments()
-    # Before NumPy is imported: OpenBLAS reads this once.
-    os.environ["OPENBLAS_NUM_THREADS"] = str(chosen.threads)
-    from server import app
+    os.environ["OPENBLAS_NUM_THREADS"] = str(chosen.threads)  # OpenBLAS reads it once, when NumPy is imported
+    import uvloop
+
+    from server import app, identity
     from server.jobs import Jobs
 
+    app.log_in_lines()
     try:
-        import uvloop
-
-        models = [_make(name) for name in dict.fromkeys(chosen.model)]
-        for model in models:
-            model.load()
-        jobs = Jobs(chosen.threads) if chosen.jobs else None
-        uvloop.run(app.serve(app.Service(models, chosen.tree_label, jobs), chosen.host, chosen.port))
+        label = identity.read_label(chosen.tree_label) if chosen.tree_label else None
+        models = [load(name) for name in dict.fromkeys(chosen.model)]
     except (OSError, ValueError) as error:
         app.log(f"could not start: {error}")
+        return 1
+    service = app.Service(models, label, Jobs(chosen.threads) if chosen.jobs else None)
+    try:
+        uvloop.run(app.serve(service, chosen.host, chosen.port))
+    except OSError as error:
+        app.log(f"could not serve on {chosen.host}:{chosen.port}: {error}")
         return 1
     return 0
 
 
-def _make(name: str):  # type: ignore[no-untyped-def]
+def load(name: str) -> "Model":
+    """The model of that name, ready to answer; what is not served is not imported."""
+    model: Model
     if name == "knn":
         from server.models.knn import KNN
 
-        return KNN()
-    if name == "dnn":
+        model = KNN()
+    elif name == "dnn":
         from server.models.dnn import DNN
 
-        return DNN()
-    from server.models.null import Null
+        model = DNN()
+    else:
+        from server.models.null import Null
 
-    return Null()
+        model = Null()
+    model.load()
+    return model
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The routes and the life of the server: aiohttp, one process, models called inline."""
+"""The routes and the life of the server: aiohttp, one process; a small request is answered inline, without a thread."""
 
 import asyncio
+import logging
 import signal
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import orjson
@@ -17,6 +18,9 @@ from server.models.base import BadInput, Model
 
 VERSION = "1"
 BODY_LIMIT = 16 * 2**20
+INLINE_BODY = (
+    32 * 2**10
+)  # above this, parsing and predicting would keep other requests waiting for a millisecond or more
 KEEP_ALIVE_S = 75.0
 GRACE_S = 2.0
 BACKLOG = 1024
@@ -27,12 +31,23 @@ def log(line: str) -> None:
     print(f"server: {line}", file=sys.stderr, flush=True)
 
 
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        cause = record.exc_info[1] if record.exc_info else None
+        log(" ".join(f"{record.getMessage()}{f': {cause!r}' if cause else ''}".split()))
+
+
+def log_in_lines() -> None:
+    """Let what aiohttp and asyncio log be one line each, too."""
+    logging.basicConfig(level=logging.WARNING, handlers=[_Lines()])
+
+
 def answer(value: Any, status: int = 200) -> web.Response:
     return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
 
 
 def refusal(status: int, text: str) -> web.Response:
-    return answer({"error": text}, status)
+    return answer({"error": " ".join(text.split())}, status)
 
 
 @web.middleware
@@ -42,6 +57,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return await handler(request)
     except BadInput as error:
         return refusal(400, str(error))
+    except web.RequestPayloadError as error:
+        return refusal(400, f"the body could not be read: {error}")
     except web.HTTPRequestEntityTooLarge:
         return refusal(413, f"wanted a body of at most {BODY_LIMIT} bytes; found a larger one")
     except web.HTTPMethodNotAllowed as error:
@@ -49,30 +66,57 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         refused = refusal(405, f"{request.path} takes {allowed}; found {request.method}")
         refused.headers["Allow"] = allowed
         return refused
-    except _Refused as error:
-        return refusal(error.status, error.text or "")
     except web.HTTPException as error:
         return refusal(error.status, f"{error.reason}: {request.method} {request.path}")
+    except _Refused as error:
+        return refusal(error.status, str(error))
     except Exception as error:
         mark = uuid.uuid4().hex[:8]
-        log(f"error {mark}: {request.method} {request.path}: {type(error).__name__}: {error}")
+        log(f"error {mark}: {request.method} {request.path}: {type(error).__name__}: {' '.join(str(error).split())}")
         return refusal(500, f"the request failed inside the server; its log has it as error {mark}")
+
+
+async def expectation(request: web.Request) -> web.Response | None:
+    """Answer the header Expect, in place of aiohttp's own, whose refusal is no JSON."""
+    if request.headers["Expect"].lower() != "100-continue":
+        return refusal(417, f"wanted 100-continue for the header Expect; found {request.headers['Expect']!r}")
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # the answer itself has not begun
+    return None
+
+
+class Connection(web.RequestHandler):
+    """One client's connection. What is no HTTP reaches no route, so its refusal is made here."""
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("the connection broke in the middle of an answer")
+        refused = refusal(status, f"the request could not be read: {message or exc or 'no reason was given'}")
+        refused.force_close()
+        return refused
 
 
 class Service:
     """The handlers, over the models that are served."""
 
-    def __init__(self, models: Sequence[Model], label: Path | None, jobs: Jobs | None) -> None:
+    def __init__(self, models: Sequence[Model], label: str | None, jobs: Jobs | None) -> None:
         self._models = {model.name: model for model in models}
         self._label = label
         self._jobs = jobs
         self._digest: asyncio.Task[tuple[str | None, str]] | None = None
+        # One thread, so that the memory that large bodies take is bounded.
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="large")
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[errors_as_json], client_max_size=BODY_LIMIT)
-        add = app.router.add_route
+
+        def add(method: str, path: str, handler: Handler) -> None:
+            app.router.add_route(method, path, handler, expect_handler=expectation)
+
         add("GET", "/v2/health/live", self._live)
-        add("GET", "/v2/health/ready", self._live)
+        add("GET", "/v2/health/ready", self._ready)
         add("GET", "/v2", self._server)
         for version in ("", "/versions/{version}"):
             path = "/v2/models/{model}" + version
@@ -86,7 +130,10 @@ class Service:
         return app
 
     async def _live(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return answer({"live": True})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        return answer({"ready": True})  # models are loaded before the server listens
 
     async def _server(self, request: web.Request) -> web.Response:
         return answer({"name": "isolatency", "version": VERSION, "extensions": []})
@@ -95,16 +142,17 @@ class Service:
         return answer(protocol.metadata(self._named(request)))
 
     async def _model_ready(self, request: web.Request) -> web.Response:
-        self._named(request)
-        return web.Response()
+        return answer({"name": self._named(request).name, "ready": True})
 
     async def _infer(self, request: web.Request) -> web.Response:
         model = self._named(request)
-        wanted = protocol.parse(await request.read(), model)
-        results = model.predict(wanted.x, wanted.parameters)
         version = request.match_info.get("version", model.versions[-1])
-        body = protocol.response(model, version, wanted, results)
-        return web.Response(body=body, content_type="application/json")
+        body = await request.read()
+        if len(body) <= INLINE_BODY:
+            results = _predict(model, version, body)
+        else:
+            results = await asyncio.get_running_loop().run_in_executor(self._large, _predict, model, version, body)
+        return web.Response(body=results, content_type="application/json")
 
     def _named(self, request: web.Request) -> Model:
         name, version = request.match_info["model"], request.match_info.get("version")
@@ -117,17 +165,30 @@ class Service:
 
     async def _identity(self, request: web.Request) -> web.Response:
         if self._digest is None:
-            self._digest = asyncio.create_task(asyncio.to_thread(identity.digest_of_this_tree, self._label))
+            self._digest = asyncio.create_task(self._digest_of_this_tree())
         return answer(identity.facts(await asyncio.shield(self._digest)))
 
-    async def _start_job(self, request: web.Request) -> web.Response:
+    async def _digest_of_this_tree(self) -> tuple[str | None, str]:
         try:
-            job = await self._offered().prepare(orjson.loads(await request.read()))
+            return await asyncio.to_thread(identity.digest_of_this_tree, self._label)
+        except OSError as error:
+            log(f"error: the tree has no digest, since not all of it can be read: {error}")
+            return None, "none"
+
+    async def _start_job(self, request: web.Request) -> web.Response:
+        jobs = self._offered()
+        try:
+            wanted = orjson.loads(await request.read())
         except orjson.JSONDecodeError as error:
             raise BadInput(f"wanted a JSON body; it could not be parsed: {error}") from None
+        try:
+            job = await jobs.prepare(wanted)
         except BadJob as error:
             return refusal(error.status, str(error))
         begun = answer(job.state(), 201)
+        if request.transport is None or request.transport.is_closing():
+            await job.stop()  # nobody waits for it, and it would keep others waiting
+            return begun
         await begun.prepare(request)
         job.go()  # the target's clock starts as the answer leaves, so that the host's can start as it arrives
         await begun.write_eof()
@@ -149,30 +210,43 @@ class Service:
     async def _stop(self, app: web.Application) -> None:
         if self._jobs is not None:
             await self._jobs.stop()
+        self._large.shutdown(wait=False, cancel_futures=True)
 
 
-class _Refused(web.HTTPException):
-    """A refusal in words of our own."""
+def _predict(model: Model, version: str, body: bytes) -> bytes:
+    wanted = protocol.parse(body, model)
+    return protocol.response(model, version, wanted, model.predict(wanted.x, wanted.parameters))
+
+
+class _Refused(Exception):
+    """What a path names is not here: a model, a version, a job, or jobs at all."""
 
     def __init__(self, text: str, status: int = 404) -> None:
-        self.status_code = status
-        super().__init__(text=text)
+        super().__init__(text)
+        self.status = status
 
 
 async def serve(service: Service, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT. Raises OSError when the address is taken."""
-    runner = web.AppRunner(
-        service.application(), access_log=None, keepalive_timeout=KEEP_ALIVE_S, shutdown_timeout=GRACE_S
-    )
+    """Serve until SIGTERM or SIGINT. Raises OSError when the address cannot be listened on."""
+    loop = asyncio.get_running_loop()
+    runner = web.AppRunner(service.application(), shutdown_timeout=GRACE_S)
     await runner.setup()
-    site = web.TCPSite(runner, host, port, backlog=BACKLOG)
-    await site.start()
+    manager = runner.server
+    assert manager is not None
+
+    def connection() -> Connection:
+        return Connection(manager, loop=loop, keepalive_timeout=KEEP_ALIVE_S, access_log=None)  # type: ignore[arg-type]
+
     end = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, end.set)
-    bound = runner.addresses[0]
-    log(f"listening on http://{bound[0]}:{bound[1]}")
-    await end.wait()
-    log("stopping")
-    await runner.cleanup()
+        loop.add_signal_handler(number, end.set)
+    try:
+        listener = await loop.create_server(connection, host, port, backlog=BACKLOG)
+        bound = listener.sockets[0].getsockname()
+        log(f"listening on http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}")
+        await end.wait()
+        log("stopping")
+        listener.close()
+    finally:
+        await runner.cleanup()
     log("stopped")

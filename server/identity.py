@@ -1,5 +1,6 @@
 """What this target is: the tree that it runs, kernel, CPU, BLAS kernel, versions. Imports only the standard library."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO, Protocol
 
 SCHEMA = 1
 MTIME = 1_700_000_000  # every entry's; a fixed moment, so that only content counts
-TREE_MARK = Path("/opt/app/env")
+APP = Path("/opt/app")  # where the server lies in a tree of ours, beside the file `env`
 MOUNTED = {"dev": 0o755, "proc": 0o755, "sys": 0o755, "run": 0o755, "tmp": 0o1777, "mnt": 0o755}
 REPLACED = {"etc/hosts", "etc/hostname", "etc/resolv.conf"}
 LEFT_OUT = {".dockerenv", ".tree-sha256", "lost+found", "etc/mtab"}
@@ -41,13 +42,16 @@ class _Hash:
 def write_canonical_tar(root: Path, out: _Sink | BinaryIO) -> None:
     """Write the tree below `root` as a tar that depends on names, types, modes and contents alone.
 
-    What a runtime mounts over or puts in (see MOUNTED, REPLACED, LEFT_OUT) has one fixed form or is left out, so that
-    a chroot, a container and a guest see the same tree. POSIX.1-2001 (pax) format, entries sorted by the bytes of
-    their paths. Raises OSError for a file that cannot be read.
+    What a runtime mounts over or puts in (see MOUNTED, REPLACED, LEFT_OUT) has one fixed form, there or not, or is
+    left out, so that a chroot, a container and a guest see the same tree. POSIX.1-2001 (pax) format, entries sorted by
+    the bytes of their paths. Raises OSError for a file that cannot be read.
     """
-    with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
-        for name, path in _walk(root, ""):
-            _add(tar, name, path)
+    found = dict.fromkeys([*MOUNTED, *REPLACED], root) | dict(_walk(root, ""))
+    with tarfile.open(
+        fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
+    ) as tar:  # type: ignore[call-overload]
+        for name in sorted(found, key=os.fsencode):
+            _add(tar, name, found[name])
 
 
 def tree_sha256(root: Path) -> str:
@@ -58,9 +62,9 @@ def tree_sha256(root: Path) -> str:
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
-    """Every entry below `folder` as (name, path), a folder before its content, siblings by the bytes of their names."""
+    """Every entry below `folder` as (name, path)."""
     with os.scandir(folder) as entries:
-        listed = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+        listed = list(entries)
     for entry in listed:
         name = prefix + entry.name
         if name in LEFT_OUT:
@@ -73,34 +77,47 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
 def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:
     info = tarfile.TarInfo(name)
     info.mtime = MTIME
-    found = path.lstat()
-    info.mode = stat.S_IMODE(found.st_mode)
     if name in MOUNTED:
         info.type, info.mode = tarfile.DIRTYPE, MOUNTED[name]
-    elif name in REPLACED:
+        tar.addfile(info)
+        return
+    if name in REPLACED:
         info.mode = 0o644
-    elif stat.S_ISDIR(found.st_mode):
-        info.type = tarfile.DIRTYPE
-    elif stat.S_ISLNK(found.st_mode):
-        info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, str(path.readlink())
-    elif stat.S_ISREG(found.st_mode):
+        tar.addfile(info)
+        return
+    found = path.lstat()
+    info.mode = stat.S_IMODE(found.st_mode)
+    if stat.S_ISREG(found.st_mode):
         info.size = found.st_size
         with path.open("rb") as content:
             tar.addfile(info, content)
-        return
-    else:
-        return  # devices and sockets belong to no tree
-    tar.addfile(info)
+    elif stat.S_ISDIR(found.st_mode):
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
+    elif stat.S_ISLNK(found.st_mode):
+        # os.readlink, since Path.readlink gives the link's text in another spelling
+        info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, os.readlink(path)  # noqa: PTH115
+        tar.addfile(info)
+    # else a device, a pipe or a socket, which belong to no tree
 
 
-def digest_of_this_tree(label: Path | None) -> tuple[str | None, str]:
+def read_label(file: Path) -> str:
+    """The digest in a label file. Raises OSError, or ValueError for a file that holds something else."""
+    text = file.read_text().strip()
+    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
+        raise ValueError(f"{file}: wanted a sha256 in hex; found {text[:80]!r}")
+    return text
+
+
+def digest_of_this_tree(label: str | None) -> tuple[str | None, str]:
     """The digest of the tree that this process runs in, and where it comes from: computed, label or none.
 
-    Emulated targets give the label that was built in, since hashing 150 MB there takes minutes.
+    Emulated targets give the label that was built in, since hashing 150 MB there takes minutes. Raises OSError for a
+    file that cannot be read.
     """
     if label is not None:
-        return label.read_text().strip(), "label"
-    if not TREE_MARK.exists():
+        return label, "label"
+    if not Path(__file__).is_relative_to(APP) or not (APP / "env").exists():
         return None, "none"
     return tree_sha256(Path("/")), "computed"
 
@@ -115,7 +132,7 @@ def facts(digest: tuple[str | None, str]) -> dict[str, Any]:
         **_blas(),
         "kernel": platform.release(),
         "cpu_model": cpu.get("model name"),
-        "cpu_flags": (cpu.get("flags") or "").split(),
+        "cpu_flags": cpu["flags"].split() if "flags" in cpu else None,
         "clocksource": _read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         "hypervisor": _hypervisor(cpu),
         "python": platform.python_version(),
@@ -136,10 +153,14 @@ def _blas() -> dict[str, Any]:
     return {"blas_library": None, "blas_kernel": None, "blas_threads": None}
 
 
-def _packages() -> dict[str, str]:
-    from importlib.metadata import version
+def _packages() -> dict[str, str | None]:
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {name: version(name) for name in PACKAGES}
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # its description was left out of the tree
+            found[name] = version(name)
+    return found
 
 
 def _read(path: str) -> str | None:

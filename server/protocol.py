@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from server.models.base import BadInput, Model, Tensor
 
-NUMPY = {"BOOL": "?", "UINT8": "u1", "UINT16": "u2", "INT8": "i1", "INT16": "i2", "FP16": "f2", "FP32": "f4"}
 NAMES = {"i8": "INT64", "f4": "FP32"}
 
 
@@ -37,12 +36,11 @@ def parse(body: bytes, model: Model) -> Request:
     identifier = message.get("id")
     if identifier is not None and not isinstance(identifier, str):
         raise BadInput(f"wanted a string for id; found {_kind(identifier)}")
-    parameters = message.get("parameters") or {}
-    if not isinstance(parameters, dict):
+    parameters = message.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
         raise BadInput(f"wanted an object for parameters; found {_kind(parameters)}")
-    return Request(
-        identifier, _input(message.get("inputs"), model), parameters, _outputs(message.get("outputs"), model)
-    )
+    x, outputs = _input(message.get("inputs"), model), _outputs(message.get("outputs"), model)
+    return Request(identifier, x, parameters or {}, outputs)
 
 
 def _input(inputs: Any, model: Model) -> NDArray[np.float32]:
@@ -52,57 +50,73 @@ def _input(inputs: Any, model: Model) -> NDArray[np.float32]:
         raise BadInput(f"model {model.name} wants one input, {wanted.name!r}, in the list inputs; found {found}")
     tensor = inputs[0]
     if tensor.get("name") != wanted.name:
-        raise BadInput(f"model {model.name} wants the input {wanted.name!r}; found {tensor.get('name')!r}")
-    datatype = tensor.get("datatype")
-    if datatype not in NUMPY:
-        raise BadInput(f"input {wanted.name!r} wants the datatype {', '.join(reversed(NUMPY))}; found {datatype!r}")
+        raise BadInput(f"model {model.name} wants the input {wanted.name!r}; found {_short(tensor.get('name'))}")
+    if tensor.get("datatype") != wanted.datatype:
+        raise BadInput(
+            f"input {wanted.name!r} wants the datatype {wanted.datatype}; found {_short(tensor.get('datatype'))}"
+        )
     shape = _shape(tensor.get("shape"), wanted)
     if "data" not in tensor:
         raise BadInput(f"input {wanted.name!r} has no data; tensors are taken in JSON")
+    return _values(tensor["data"], shape, wanted.name)
+
+
+def _values(data: Any, shape: tuple[int, ...], name: str) -> NDArray[np.float32]:
     try:
-        values = np.asarray(tensor["data"])
-        if values.dtype.kind not in "biuf":
-            raise ValueError
-        exact = values.astype(NUMPY[datatype])
-    except (ValueError, OverflowError):
-        raise BadInput(f"input {wanted.name!r} wants numbers, in rows of equal length; found something else") from None
-    if values.size != math.prod(shape):
-        raise BadInput(
-            f"input {wanted.name!r} of shape {list(shape)} wants {math.prod(shape)} values; found {values.size}"
-        )
-    if datatype[0] != "F" and not np.array_equal(exact, values):
-        raise BadInput(f"input {wanted.name!r} has values that are no {datatype}")
-    x = exact.astype(np.float32).reshape(shape)
+        values = np.asarray(data)
+    except ValueError:
+        raise BadInput(f"input {name!r} wants numbers, in rows of equal length; found other data") from None
+    size = math.prod(shape)
+    if values.shape not in ((size,), shape):
+        raise BadInput(f"input {name!r} of shape {list(shape)} wants {size} values, flat or in that shape; found "
+                       f"data of shape {list(values.shape)}")  # fmt: skip
+    if values.dtype.kind not in "iuf":
+        raise BadInput(f"input {name!r} wants numbers; found other values among its data")
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused below
+        x = values.astype(np.float32).reshape(shape)
     if not np.isfinite(x).all():
-        raise BadInput(f"input {wanted.name!r} wants finite values; found NaN or infinity")
+        raise BadInput(f"input {name!r} wants values that are finite in FP32; found others")
     return x
 
 
 def _shape(shape: Any, wanted: Tensor) -> tuple[int, ...]:
-    whole = isinstance(shape, list) and all(type(size) is int and size >= 1 for size in shape)
-    if not whole or len(shape) != len(wanted.shape):
-        raise BadInput(f"input {wanted.name!r} wants a shape like {list(wanted.shape)}, 1 row or more; found {shape!r}")
-    for size, known in zip(shape, wanted.shape, strict=True):
-        if known not in (-1, size):
-            raise BadInput(f"input {wanted.name!r} wants the shape {list(wanted.shape)}; found {shape!r}")
+    fits = (
+        isinstance(shape, list)
+        and len(shape) == len(wanted.shape)
+        and all(type(size) is int and size >= 1 for size in shape)
+        and all(known in (-1, size) for size, known in zip(shape, wanted.shape, strict=True))
+    )
+    if not fits:
+        raise BadInput(
+            f"input {wanted.name!r} wants a shape like {list(wanted.shape)}, 1 row or more; found {_short(shape)}"
+        )
     return tuple(shape)
 
 
 def _outputs(outputs: Any, model: Model) -> tuple[str, ...]:
     known = tuple(tensor.name for tensor in model.outputs)
-    if not outputs:
+    if outputs is None or outputs == []:
         return known
     if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
         raise BadInput(f"wanted a list of objects for outputs; found {_kind(outputs)}")
-    for output in outputs:
-        if output.get("name") not in known:
-            raise BadInput(f"model {model.name} gives {', '.join(known)}; the output {output.get('name')!r} is unknown")
-    return tuple(output["name"] for output in outputs)
+    names = [output.get("name") for output in outputs]
+    for name in names:
+        if name not in known:
+            raise BadInput(f"model {model.name} gives {', '.join(known)}; the output {_short(name)} is unknown")
+    if len(set(names)) < len(names):
+        raise BadInput(f"wanted each output once; found {', '.join(names)}")
+    return tuple(names)
 
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "nothing"}
     return names.get(type(value), "a number")
+
+
+def _short(value: Any) -> str:
+    """The value as a client would recognise it, of a length that fits into one line."""
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def response(model: Model, version: str, request: Request, results: Mapping[str, NDArray[Any]]) -> bytes:

@@ -115,9 +115,9 @@ class DNN:
     """The trained network on MNIST digits; rows are answered in one matrix product per layer."""
 
     name = "dnn"
-    versions = ("1",)
-    inputs = (Tensor("x", "FP32", (-1, 784)),)
-    outputs = (Tensor("label", "INT64", (-1,)), Tensor("probabilities", "FP32", (-1, 10)))
+    versions: tuple[str, ...] = ("1",)
+    inputs: tuple[Tensor, ...] = (Tensor("x", "FP32", (-1, 784)),)
+    outputs: tuple[Tensor, ...] = (Tensor("label", "INT64", (-1,)), Tensor("probabilities", "FP32", (-1, 10)))
 
     def load(self) -> None:
         with np.load(Path(__file__).resolve().parent / "data" / "dnn_weights.npz") as stored:

@@ -17,9 +17,9 @@ class KNN:
     that an answer does not depend on the batch that it was in."""
 
     name = "knn"
-    versions = ("1",)
-    inputs = (Tensor("x", "FP32", (-1, 30)),)
-    outputs = (Tensor("label", "INT64", (-1,)), Tensor("votes", "INT64", (-1,)))
+    versions: tuple[str, ...] = ("1",)
+    inputs: tuple[Tensor, ...] = (Tensor("x", "FP32", (-1, 30)),)
+    outputs: tuple[Tensor, ...] = (Tensor("label", "INT64", (-1,)), Tensor("votes", "INT64", (-1,)))
 
     def load(self) -> None:
         with np.load(DATA / "breast_cancer.npz") as stored:

@@ -11,9 +11,9 @@ from server.models.base import Array, Tensor, no_parameters
 
 class Null:
     name = "null"
-    versions = ("1",)
-    inputs = (Tensor("x", "FP32", (-1, -1)),)
-    outputs = (Tensor("rows", "INT64", (1,)),)
+    versions: tuple[str, ...] = ("1",)
+    inputs: tuple[Tensor, ...] = (Tensor("x", "FP32", (-1, -1)),)
+    outputs: tuple[Tensor, ...] = (Tensor("rows", "INT64", (1,)),)
 
     def load(self) -> None: ...
 
