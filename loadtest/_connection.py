@@ -29,7 +29,7 @@ def resolve(url: str) -> Address:
         port = parts.port or 80
     except ValueError:
         port = 0
-    if parts.scheme != "http" or not parts.hostname or not port or parts.query or parts.fragment:
+    if not url.isascii() or parts.scheme != "http" or not parts.hostname or not port or parts.query or parts.fragment:
         raise UsageError(f"the host is {url!r}; wanted http://ADDRESS:PORT (plain HTTP only)")
     try:
         family, _, _, _, sockaddr = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0]

@@ -1,5 +1,6 @@
 """Plain Locust: one target, one model, as many connections as there are Locust users, until the test is stopped."""
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ def options(host: str | None, parsed: Any) -> Options:
     """From Locust's host and its parsed options. Raises UsageError naming the option."""
     if not host:
         raise UsageError("no host was given; wanted --host http://ADDRESS:PORT (`isolatency ps` lists what is up)")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", parsed.model):
+        raise UsageError(f"--model is {parsed.model!r}; wanted a model's name: letters, digits, '.', '_' and '-'")
     for name, value, least in (("rows", parsed.rows, 1), ("check", parsed.check, 0), ("seed", parsed.seed, 0)):
         if value < least:
             raise UsageError(f"--{name} is {value}; wanted at least {least}")

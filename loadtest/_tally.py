@@ -81,10 +81,15 @@ def summary(stats: Any) -> list[str]:
         if not entry.num_requests:
             continue
         shown = "  ".join(
-            f"p{q * 100:g} {entry.get_response_time_percentile(q) * 1000:.4g} µs" for q in (0.5, 0.9, 0.99, 0.999)
+            f"p{q * 100:g} {_shown_us(entry.get_response_time_percentile(q))} µs" for q in (0.5, 0.9, 0.99, 0.999)
         )
         lines.append(f"{name}: {entry.num_requests} requests, {entry.num_failures} failed  {shown}")
     return lines
+
+
+def _shown_us(time_ms: float) -> str:
+    us = time_ms * 1000
+    return f"{us:.4g}" if us < 1000 else f"{us:.0f}"
 
 
 def show_fractions(locust_stats: Any) -> None:

@@ -265,6 +265,38 @@ def test_failures_are_counted_by_kind(
     assert shown and (int(shown[1]), int(shown[2])) == (len(frame), len(failed))
 
 
+def test_large_requests_go_out_in_parts(tmp_path: Path, data: Path) -> None:
+    frame, done = outcomes(tmp_path, Raw().url, data, "--rows", 20_000, users=2)
+    assert done.returncode == 0, done.stderr
+    assert set(frame.outcome) == {"ok"} and len(frame) >= 2 and frame.bytes_out.min() > 5_000_000
+
+
+def test_an_answer_that_comes_before_the_request_is_sent(tmp_path: Path, data: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = Raw()
+
+        def too_large() -> None:
+            while True:
+                connection, _ = listening.accept()
+                head = connection.recv(100)
+                if head.startswith(b"POST"):
+                    connection.sendall(raw.whole(b"{}", status="413 Content Too Large"))
+                    time.sleep(0.2)  # so that the answer is read before the reset that follows it
+                    raw.reset(connection)
+                else:  # the questions beforehand are the other server's to answer
+                    with socket.create_connection(("127.0.0.1", server.port)) as other:
+                        other.sendall(head + connection.recv(65536) if b"\r\n\r\n" not in head else head)
+                        connection.sendall(other.recv(65536))
+                    connection.close()
+
+        threading.Thread(target=too_large, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        frame, done = outcomes(tmp_path, url, data, "--rows", 20_000, users=1)
+    assert done.returncode == 1
+    assert set(frame.outcome) <= {"wrong_status", "reset"} and set(frame.status) <= {413, 0}
+    assert 413 in set(frame.status) and (frame.bytes_out < 5_000_000).all()
+
+
 def test_an_answer_that_does_not_come_is_a_timeout(tmp_path: Path, data: Path) -> None:
     server = Raw(raw.every_third_silent)
     more = ("--request-timeout", 2, "--samples", "s.parquet", "--csv", "st")
