@@ -1,0 +1,157 @@
+"""The commands as a user meets them: what they print, their exit codes, errors of one line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ISOLATENCY, Command
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The error, which must be one line that begins with the program's name."""
+    lines = done.stderr.strip().splitlines()
+    assert "Traceback" not in done.stderr
+    assert lines[-1].startswith("isolatency: "), done.stderr
+    return lines[-1]
+
+
+def test_help_names_every_command_and_the_exit_codes(isolatency: Command) -> None:
+    said = isolatency("--help").stdout
+    for command in ("doctor", "setup", "images", "up", "ps", "down", "run", "report", "sandbox", "clean"):
+        assert re.search(rf"^  {command} ", said, re.MULTILINE), command
+        assert isolatency(command, "--help").returncode == 0
+    assert "130 interrupted" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "found"),
+    [
+        (["run", "--target", "dokcer"], 2, "nearest known one is 'docker'"),
+        (["run", "--target", "process:cpus=999"], 2, "CPUs; this machine gives"),
+        (["run", "--target", "process:mem_mib=99999999"], 2, "the largest that fits is"),
+        (["run", "--target", "uml:cpus=2"], 2, "one CPU"),
+        (["run", "--target", "process", "--target", "b=process:mem_mib=256"], 2, "--allow-difference"),
+        (["run", "no-such-plan.toml"], 2, "could not be read"),
+        (["report", "no-such-folder"], 1, "is no run folder"),
+        (["down", "nobody"], 2, "no target 'nobody'"),
+        (["images", "load", "/etc/hostname"], 1, "/etc/hostname"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_exit_code(isolatency: Command, words: list[str], code: int, found: str) -> None:
+    done = isolatency(*words)
+    assert done.returncode == code, done.stderr
+    assert found in one_line(done)
+
+
+def test_an_unknown_key_of_a_plan_is_named_with_its_line(isolatency: Command, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text('seed = 1\n\n[[targets]]\nkind = "docker"\nmem_mb = 512\n')
+    done = isolatency("run", plan)
+    assert done.returncode == 2
+    assert f"{plan}:5" in one_line(done) and "'mem_mib'" in one_line(done)
+
+
+def test_a_run_folder_of_another_schema_is_refused(isolatency: Command, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"schema": 99}')
+    (tmp_path / "targets.json").write_text("[]")
+    (tmp_path / "plan.toml").write_text("schema = 1\n")
+    done = isolatency("report", tmp_path)
+    assert done.returncode == 1 and "schema 99" in one_line(done)
+
+
+def test_without_images_the_command_that_builds_them_is_named(tmp_path: Path) -> None:
+    environment = os.environ | {"ISOLATENCY_CACHE": str(tmp_path)}
+    for words in (["run", "--target", "process"], ["run"]):
+        done = subprocess.run([ISOLATENCY, *words], capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 1
+        assert "isolatency images build" in done.stderr or "isolatency doctor" in one_line(done)
+    done = subprocess.run([ISOLATENCY, "doctor"], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1 and "isolatency images build" in done.stdout
+
+
+def test_doctor_says_for_each_kind_what_and_why(isolatency: Command) -> None:
+    found = json.loads(isolatency("doctor", "--json").stdout)
+    assert {"process", "docker", "uml", "qemu", "firecracker", "url"} == set(found["kinds"])
+    for verdict in found["kinds"].values():
+        assert verdict["why"]
+        assert verdict["ok"] is not None or verdict["fix"]
+    for check in found["checks"]:
+        assert check["found"], check
+
+
+def test_setup_dry_run_installs_nothing_and_removes_nothing(isolatency: Command) -> None:
+    done = isolatency("setup", "--dry-run")
+    assert done.returncode == 0
+    for line in done.stdout.splitlines():
+        if "apt-get install" in line:
+            assert "--no-remove" in line and "--no-upgrade" in line
+
+
+UP = """
+set -e
+url=$({i} up process)
+echo "url $url"
+{i} ps
+{i} up process && exit 1 || echo "again $?"
+curl -sf "$url/v2/health/ready" && echo ready
+{i} down process
+{i} ps
+curl -s -o /dev/null "$url/v2/health/ready" || echo gone
+"""
+
+
+def test_up_prints_the_url_returns_and_down_ends_it(isolatency: Command) -> None:
+    """`$(…)` only returns when nobody holds the pipe any longer: no descendant keeps the caller's stdout."""
+    done = subprocess.run(
+        [ISOLATENCY, "sandbox", "--", "sh", "-c", UP.format(i=ISOLATENCY)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^url http://127\.0\.0\.1:\d+$", done.stdout, re.MULTILINE)
+    assert re.search(r"process +process +1 +512 +http://127", done.stdout)
+    assert "again 2" in done.stdout and "kept already" in done.stderr
+    assert done.stdout.splitlines()[-1] == "gone"
+    assert "ready" in done.stdout and "stopped process" in done.stdout
+    assert not isolatency("clean").stdout.startswith("removed")
+
+
+FULL = """
+set -e
+mkdir -p {place}
+mount -t tmpfs -o size=300k tmpfs {place}
+{i} run --quick --only load --target process --out {place} || echo "code $?"
+ls {place}
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system; run the tests as root")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    script = FULL.format(i=ISOLATENCY, place=tmp_path / "small")
+    done = subprocess.run(
+        [ISOLATENCY, "sandbox", "--", "sh", "-c", script], capture_output=True, text=True, timeout=400
+    )
+    assert "code 1" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr
+
+
+def test_clean_twice_is_fine(isolatency: Command) -> None:
+    isolatency("clean")
+    again = isolatency("clean")
+    assert again.returncode == 0 and "removed" not in again.stdout
+
+
+def test_a_port_in_use_is_said(isolatency: Command) -> None:
+    script = (
+        f"{sys.executable} -c 'import socket,time; s=socket.socket(); s.bind((\"127.0.0.1\",8765)); s.listen(); time.sleep(60)' & "
+        f"sleep 1; {ISOLATENCY} up process:port=8765; echo code $?"
+    )
+    done = subprocess.run(
+        [ISOLATENCY, "sandbox", "--", "sh", "-c", script], capture_output=True, text=True, timeout=300
+    )
+    assert "code 1" in done.stdout
+    assert "address already in use" in done.stderr.lower()
