@@ -51,7 +51,7 @@ def main() -> int:
     except (OSError, ValueError) as error:
         app.log(f"could not start: {error}")
         return 1
-    service = app.Service(models, label, Jobs(chosen.threads) if chosen.jobs else None)
+    service = app.Service(models, label, Jobs() if chosen.jobs else None)
     try:
         uvloop.run(app.serve(service, chosen.host, chosen.port))
     except OSError as error:

@@ -15,7 +15,8 @@ KS = (1, 3, 5, 7, 9)
 REPORTED_K = 5
 TRAIN_SHARE = 0.8
 BATCH = 32
-PIXELS = 784
+DIGITS = 5000  # different ones that there are; a file of more rows repeats them
+PROGRESS_STEP = 0.05
 Progress = Callable[[float], None]
 
 
@@ -35,7 +36,7 @@ class _Neighbours:
             order = np.random.default_rng(seed).permutation(len(stored["rows"]))[:rows]
             points, signs = stored["rows"][order], np.where(stored["labels"][order] == 1, 1, -1)
         with (folder / "rows.csv").open("w", newline="") as file:
-            csv.writer(file).writerows(points.tolist())
+            csv.writer(file).writerows(points.astype(str))  # the shortest form: 17.99, as published
         with (folder / "labels.csv").open("w", newline="") as file:
             csv.writer(file).writerows([sign] for sign in signs.tolist())
 
@@ -63,6 +64,7 @@ class _Neighbours:
         return 1 if signs[nearest].sum() > 0 else -1
 
     def _quality(self, predicted: Any, signs: Any) -> dict[str, float | None]:
+        """Precision and recall of +1, benign; null where a denominator is 0."""
         counts = Counter(zip(predicted.tolist(), signs.tolist(), strict=True))
         found, wanted = counts[1, 1] + counts[1, -1], counts[1, 1] + counts[-1, 1]
         return {
@@ -72,7 +74,12 @@ class _Neighbours:
 
 
 class _Training:
-    """Read a CSV in MNIST's shape and train 784-800-800-10 with Adam, batches of 32; accuracy on held-out digits."""
+    """Read a CSV in MNIST's shape (label, 784 pixels of 0…255) and train 784-800-800-10 with Adam, batches of 32.
+
+    The accuracy is that of the last epoch, as training went, over the rows trained on: a test on other rows would be
+    a part of the time that the report's timing does not have. It says that the work was done and that it is the same
+    work everywhere, not how good the network is.
+    """
 
     def prepare(self, folder: Path, *, rows: int, epochs: int, seed: int) -> None:
         with np.load(DATA / "mnist_5000.npz") as stored:
@@ -83,27 +90,22 @@ class _Training:
                 file.write(f"{labels[chosen]}," + ",".join(map(str, pixels[chosen].tolist())) + "\n")
 
     def run(self, folder: Path, *, rows: int, epochs: int, seed: int, progress: Progress) -> dict[str, Any]:
-        with (folder / "digits.csv").open("rb") as file:
-            table = np.array([np.array(line.split(b","), dtype=np.uint8) for line in file])
+        table = np.loadtxt(folder / "digits.csv", dtype=np.uint8, delimiter=",", ndmin=2)
         x, labels = table[:, 1:].astype(np.float32) / np.float32(255), table[:, 0].astype(np.int64)
-        net = network.Network.random(seed)
         last = 0.0
 
         def step(share: float) -> None:
             nonlocal last
-            if share - last >= 0.05 or share == 1:
+            if share - last >= PROGRESS_STEP or share == 1:
                 last = share
                 progress(share)
 
-        losses = network.train(net, x, labels, epochs=epochs, batch=BATCH, seed=seed, progress=step)
-        with np.load(DATA / "mnist_5000.npz") as stored:
-            held_out = stored["rows"][4000:].astype(np.float32) / np.float32(255)
-            truth = stored["labels"][4000:]
-        count = min(len(held_out), max(rows, 100))
-        found = net.probabilities(held_out[:count]).argmax(axis=1)
+        net = network.Network.random(seed)
+        *_, end = network.train(net, x, labels, epochs=epochs, batch=BATCH, seed=seed, progress=step)
+        distinct = min(rows, DIGITS)
         return {
-            "accuracy": float((found == truth[:count]).mean()), "tested": count, "loss": losses[-1],
-            "distinct_rows": min(rows, 5000),
+            "accuracy": end.accuracy, "accuracy_of": "the rows trained on, during the last epoch", "loss": end.loss,
+            "distinct_rows": distinct, "repeated_rows": rows - distinct,
         }  # fmt: skip
 
 

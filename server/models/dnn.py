@@ -3,10 +3,10 @@
 Adam: Kingma and Ba (2015), algorithm 1. Initial weights: He et al. (2015), normal with variance 2 / fan-in.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from server.models.base import Array, Tensor, no_parameters
 LAYERS = (784, 800, 800, 10)
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
 
 
 class Network:
@@ -50,14 +51,16 @@ class Network:
         z /= z.sum(axis=1, keepdims=True)
         return [*outputs, z]
 
-    def gradients(self, x: Floats, labels: NDArray[np.int64]) -> tuple[list[Floats], list[Floats], float]:
+    def gradients(self, x: Floats, labels: Labels) -> tuple[list[Floats], list[Floats], float]:
         """Gradients of the mean cross-entropy by weights and biases, and that mean, for one batch."""
         outputs = self._forward(x)
-        rows = np.arange(len(x))
-        loss = float(-np.log(np.maximum(outputs[-1][rows, labels], 1e-30)).mean())
+        return *self._backward(outputs, labels), _loss(outputs[-1], labels)
+
+    def _backward(self, outputs: Sequence[Floats], labels: Labels) -> tuple[list[Floats], list[Floats]]:
+        """Gradients of the mean cross-entropy by weights and biases, from what _forward gave."""
         delta = outputs[-1].copy()
-        delta[rows, labels] -= 1
-        delta /= len(x)
+        delta[np.arange(len(labels)), labels] -= 1
+        delta /= len(labels)
         by_weight: list[Floats] = []
         by_bias: list[Floats] = []
         for layer in reversed(range(len(self.weights))):
@@ -66,28 +69,42 @@ class Network:
             if layer:
                 delta = delta @ self.weights[layer].T
                 delta *= outputs[layer] > 0
-        return by_weight[::-1], by_bias[::-1], loss
+        return by_weight[::-1], by_bias[::-1]
+
+
+def _loss(probabilities: Floats, labels: Labels) -> float:
+    return float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-30)).mean())
+
+
+class Epoch(NamedTuple):
+    """Mean loss and share of right answers over the rows of one epoch, each taken before its batch was learnt."""
+
+    loss: float
+    accuracy: float
 
 
 def train(
-    network: Network, x: Floats, labels: NDArray[np.int64], *, epochs: int, batch: int, seed: int, rate: float = 1e-3,
-    progress: Any = None,
-) -> list[float]:  # fmt: skip
-    """Adam on shuffled batches; returns the mean loss of each epoch. Raises FloatingPointError when a loss is NaN."""
+    network: Network, x: Floats, labels: Labels, *, epochs: int, batch: int, seed: int, rate: float = 1e-3,
+    progress: Callable[[float], None] | None = None,
+) -> list[Epoch]:  # fmt: skip
+    """Adam on shuffled batches, in place. Raises FloatingPointError when the loss is no number any more."""
     chance = np.random.default_rng(seed)
     values = network.weights + network.biases
     first = [np.zeros_like(value) for value in values]
     second = [np.zeros_like(value) for value in values]
     scratch = [np.empty_like(value) for value in values]
-    losses: list[float] = []
+    done: list[Epoch] = []
     step = 0
     for epoch in range(epochs):
         order = chance.permutation(len(x))
-        total = 0.0
+        loss, right = 0.0, 0
         for start in range(0, len(x), batch):
             chosen = order[start : start + batch]
-            by_weight, by_bias, loss = network.gradients(x[chosen], labels[chosen])
-            total += loss * len(chosen)
+            truth = labels[chosen]
+            outputs = network._forward(x[chosen])
+            loss += _loss(outputs[-1], truth) * len(chosen)
+            right += int((outputs[-1].argmax(axis=1) == truth).sum())
+            by_weight, by_bias = network._backward(outputs, truth)
             step += 1
             size = np.float32(rate * np.sqrt(1 - BETA2**step) / (1 - BETA1**step))
             for value, gradient, m, v, space in zip(values, by_weight + by_bias, first, second, scratch, strict=True):
@@ -105,10 +122,10 @@ def train(
                 value -= space
             if progress is not None:
                 progress((epoch + min(start + batch, len(x)) / len(x)) / epochs)
-        losses.append(total / len(x))
-        if not np.isfinite(losses[-1]):
-            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {losses[-1]}; lower the rate")
-    return losses
+        done.append(Epoch(loss / len(x), right / len(x)))
+        if not np.isfinite(done[-1].loss):
+            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {done[-1].loss}; lower the rate")
+    return done
 
 
 class DNN:

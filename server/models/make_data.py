@@ -31,8 +31,8 @@ def main() -> None:
 
     x, labels = (pixels / np.float32(255)).astype(np.float32), digits.astype(np.int64)
     network = Network.random(SEED)
-    for number, loss in enumerate(train(network, x[:TRAIN], labels[:TRAIN], epochs=EPOCHS, batch=32, seed=SEED), 1):
-        print(f"epoch {number}: mean loss {loss:.4f}")
+    for number, epoch in enumerate(train(network, x[:TRAIN], labels[:TRAIN], epochs=EPOCHS, batch=32, seed=SEED), 1):
+        print(f"epoch {number}: mean loss {epoch.loss:.4f}")
     halves: dict[str, Any] = {f"w{i}": w.astype(np.float16) for i, w in enumerate(network.weights)}
     halves |= {f"b{i}": b.astype(np.float16) for i, b in enumerate(network.biases)}
     np.savez_compressed(DATA / "dnn_weights.npz", **halves)
