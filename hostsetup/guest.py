@@ -3,7 +3,6 @@
 import base64
 import ctypes
 import mmap
-import os
 import signal
 import subprocess
 import time
@@ -11,7 +10,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from hostsetup import network
 from hostsetup.cgroup import placed
@@ -96,9 +94,6 @@ class Guest(Lifecycle):
                 place.argv(argv), env=bare_environment(mark, **environment), stdout=console, stdin=input_fd
             )
         self._stack.callback(self._stop)
-
-    def _output(self) -> IO[bytes]:
-        return Path(os.devnull if shell.dry_run() else self.console).open("ab")
 
     def _ended(self) -> str | None:
         code = self.process.poll()

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 from contextlib import suppress
+from pathlib import Path
 
 from hostsetup.cgroup import placed
 from hostsetup.ledger import folder
@@ -53,7 +54,7 @@ class Process(Lifecycle):
         self._stack.callback(ledger.remove, number)
         if not shell.dry_run():
             root.mkdir()
-        with self.console.open("wb") if not shell.dry_run() else open(os.devnull, "wb") as console:  # noqa: PTH123
+        with self._output() as console:
             self._process = shell.spawn(argv, env=bare_environment(mark), stdout=console)
         self._stack.callback(self._stop)
         return f"http://{HOST}:{port}"
@@ -92,8 +93,7 @@ def _unshare() -> list[str]:
 
 def _host_root() -> bool:
     """Only the host's root has a user 1000 to become; in a user namespace of one user there is none."""
-    with open("/proc/self/uid_map") as file:  # noqa: PTH123
-        return file.read().split()[:2] == ["0", "0"]
+    return Path("/proc/self/uid_map").read_text().split()[:2] == ["0", "0"]
 
 
 def _free_port() -> int:

@@ -3,7 +3,6 @@
 import os
 import secrets
 import signal
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -90,6 +89,7 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
     """
     here = machine()
     validate(plan, here)
+    out = out.absolute()  # Locust runs in another folder
     own = [spec for spec in plan.specs() if spec.kind != "url"]
     images = store.current() if own else None
     dry = shell.dry_run()
@@ -191,49 +191,50 @@ def _run_phase(
 ) -> _parity.Facts | None:
     """One phase; returns the parity reference, which is the first target of the run that came up."""
     with ExitStack() as stack:
-        stack.push(_hurry(context.ledger))
-        live: list[Live] = []
-        for spec in phase.specs:
-            show.step(f"starting {spec.name}")
-            target = make(spec, context)
-            try:
-                live.append(Live(target, stack.enter_context(target)))
-            except IsolatencyError as error:
-                record.error(error)
-                show.step(f"error: {error}")
-        if not live:
-            return reference
-        timeout_s = float(plan.for_engine(phase.name, phase.emulated)["request_timeout_s"])
-        for one in live:
-            show.step(f"comparing the answers of {one.endpoint.label}")
-            facts = _parity.ask(one.endpoint, one.target.spec, plan.models, timeout_s)
-            reference = reference or facts
-            record.target(one, facts, _parity.compare(reference, facts))
-        if plan.only != "batch":
-            show.step(f"load on {', '.join(one.endpoint.label for one in live)}")
-            bound_s = 120 + 5 * estimate_s(plan, phase)
-            drive(
-                plan, phase.name, live, folder=record.path, ledger=context.ledger, cores=record.client_cores,
-                bound_s=bound_s, progress=lambda at: show.progress(at["done_s"], at["total_s"]),
-            )  # fmt: skip
-        for one in live:
-            record.memory(one)
-        if plan.only != "load":
-            with_jobs = [one for one in live if one.endpoint.identity is not None and one.endpoint.kind != "url"]
-            if with_jobs:
-                _batch.run_jobs(plan, with_jobs, record.path / "batch.csv", show.step)
-        show.step(f"taking down {', '.join(one.endpoint.label for one in live)}")
+        try:
+            return _measure(plan, phase, context, record, reference, show, stack)
+        except KeyboardInterrupt:
+            # Nothing is asked nicely now: all goes at once, before the targets are taken down in their own way.
+            context.ledger.remove_all()
+            raise
+
+
+def _measure(
+    plan: Plan, phase: Phase, context: Context, record: Record, reference: _parity.Facts | None, show: Show,
+    stack: ExitStack,
+) -> _parity.Facts | None:  # fmt: skip
+    live: list[Live] = []
+    for spec in phase.specs:
+        show.step(f"starting {spec.name}")
+        target = make(spec, context)
+        try:
+            live.append(Live(target, stack.enter_context(target)))
+        except IsolatencyError as error:
+            record.error(error)
+            show.step(f"error: {error}")
+    if not live:
+        return reference
+    timeout_s = float(plan.for_engine(phase.name, phase.emulated)["request_timeout_s"])
+    for one in live:
+        show.step(f"comparing the answers of {one.endpoint.label}")
+        facts = _parity.ask(one.endpoint, one.target.spec, plan.models, timeout_s)
+        reference = reference or facts
+        record.target(one, facts, _parity.compare(reference, facts))
+    if plan.only != "batch":
+        show.step(f"load on {', '.join(one.endpoint.label for one in live)}")
+        bound_s = 120 + 5 * estimate_s(plan, phase)
+        drive(
+            plan, phase.name, live, folder=record.path, ledger=context.ledger, cores=record.client_cores,
+            bound_s=bound_s, progress=lambda at: show.progress(at["done_s"], at["total_s"]),
+        )  # fmt: skip
+    for one in live:
+        record.memory(one)
+    if plan.only != "load":
+        with_jobs = [one for one in live if one.endpoint.identity is not None and one.endpoint.kind != "url"]
+        if with_jobs:
+            _batch.run_jobs(plan, with_jobs, record.path / "batch.csv", show.step)
+    show.step(f"taking down {', '.join(one.endpoint.label for one in live)}")
     return reference
-
-
-def _hurry(ledger: Ledger) -> Callable[..., None]:
-    """An exit callback, run before the targets' own: after a Ctrl-C nothing is asked nicely, all goes at once."""
-
-    def leave(kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            ledger.remove_all()
-
-    return leave
 
 
 @contextmanager

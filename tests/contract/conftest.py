@@ -1,5 +1,6 @@
 """The contract suite needs a network namespace of its own: `isolatency sandbox -- pytest tests/contract`."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from images import store
 KINDS = ("process", "docker", "uml", "qemu", "firecracker")
 SERVER_ARGS = ("--model", "knn", "--model", "dnn", "--model", "null", "--jobs")
 Maker = Callable[..., Target]
+_numbers = itertools.count(1)  # cgroups and containers carry the name, so it is used once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,6 +59,6 @@ def maker(able: dict[str, doctor.Verdict], ledger: Ledger, logs: Path) -> Maker:
         cores = tuple(sorted(os.sched_getaffinity(0)))
         cpus, mem_mib = int(str(options.pop("cpus", 1))), int(str(options.pop("mem_mib", 512)))
         context = Context(ledger, store.current(), cores[-cpus:], SERVER_ARGS, logs)
-        return make(Spec(f"t-{kind}", kind, cpus, mem_mib, options), context)  # type: ignore[arg-type]
+        return make(Spec(f"t-{kind}-{next(_numbers)}", kind, cpus, mem_mib, options), context)  # type: ignore[arg-type]
 
     return make_one

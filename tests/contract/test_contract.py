@@ -145,7 +145,7 @@ def test_a_death_is_an_error_with_the_end_of_the_console(kind: str, new: Maker, 
     assert _host(ledger) == before
 
 
-@pytest.mark.parametrize("kind", ["process", "docker", "uml"])
+@pytest.mark.parametrize("kind", ["process", "docker"])
 def test_memory_arrives(kind: str, new: Maker) -> None:
     """Allocating far more than the target has must end a job (or the target), not succeed."""
     with new(kind, mem_mib=160) as endpoint:
