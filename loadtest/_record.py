@@ -33,6 +33,7 @@ class Record:
         self.caveats: list[str] = []
         self.errors: list[str] = []
         self.partial = True
+        self.incomplete = False
         self._plan = plan
         self._cores = tuple(cores)
         self._targets: list[dict[str, Any]] = []
@@ -40,8 +41,10 @@ class Record:
         if images is not None and images.loaded:
             self.caveats.append("the images were loaded (images load), not built from this checkout")
 
-    def error(self, error: IsolatencyError) -> None:
+    def error(self, error: IsolatencyError, *, partial: bool = True) -> None:
+        """Note an error; `partial` says that something was not measured because of it."""
         self.errors.append(str(error))
+        self.incomplete = self.incomplete or partial
         if error.detail:
             with (self.path / "logs" / "errors.log").open("a") as file:
                 file.write(f"{error}\n{error.detail}\n\n")

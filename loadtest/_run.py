@@ -170,7 +170,7 @@ def _run_phases(plan: Plan, todo: Sequence[Phase], context: Context, record: Rec
                 record.error(error)
                 show.step(f"error: {error}")
         code = 1 if record.errors else 0
-        record.partial = bool(record.errors)
+        record.partial = record.incomplete
     except KeyboardInterrupt:
         record.errors.append("interrupted; what was measured until then is kept")
         code = 130
@@ -180,8 +180,7 @@ def _run_phases(plan: Plan, todo: Sequence[Phase], context: Context, record: Rec
         code = error.exit_code
     record.close()
     if record.measured():
-        summary = _report.write(record.path)
-        code = code or int(any(cell.failures for cell in summary.cells))
+        _report.write(record.path)
         _point_latest(record.path)
     return code
 
@@ -223,10 +222,12 @@ def _measure(
     if plan.only != "batch":
         show.step(f"load on {', '.join(one.endpoint.label for one in live)}")
         bound_s = 120 + 5 * estimate_s(plan, phase)
-        drive(
+        failed = drive(
             plan, phase.name, live, folder=record.path, ledger=context.ledger, cores=record.client_cores,
             bound_s=bound_s, progress=lambda at: show.progress(at["done_s"], at["total_s"]),
         )  # fmt: skip
+        if failed:
+            record.error(IsolatencyError(f"{phase.name}: {failed}"), partial=False)
     for one in live:
         record.memory(one)
     if plan.only != "load":
