@@ -2,54 +2,64 @@
 
 One file per owner (a run, a kept target, a sandbox) in the ledger's folder. The owner holds an flock on its file for
 as long as it lives, so liveness needs no process id and works across PID namespaces. Lines are JSON:
-{"owner": {...}} first, then {"add": n, "kind": ..., ...}, {"drop": n}, {"note": {...}}. A torn last line is a
-resource that was not yet made.
+{"owner": {...}} first, then {"add": n, "kind": ..., ...}, {"drop": n}, {"note": {...}}. A torn line is a resource
+that was not yet made.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
 import secrets
-import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import docker
-import requests
+import psutil
 
+from hostsetup.namespaces import SANDBOX, host_root, netns, outer_uid, pidns
+from hostsetup.removers import CGROUPS, MARK, REMOVERS, Entry, processes, words
 from images import shell
-from images.errors import IsolatencyError, ShellError
+from images.errors import IsolatencyError
+from images.store import cache_dir
 
 What = Literal["run", "kept", "sandbox", "test"]
-MARK = "ISOLATENCY_MARK"
-GONE_S = 5.0
-EXEC_S = 0.05  # a process that is just being executed has no environment to be read for a moment
-CGROUPS = Path("/sys/fs/cgroup")
+TERM_S = 20.0
+KILL_S = 5.0
+READERS_S = 2.0  # others look at a file for milliseconds
 RUN_LOCK = Path("/run/lock/isolatency.lock")
 
 
 def folder() -> Path:
-    """The ledger's folder, made where it is not there: one for root, one per user."""
-    if os.geteuid() == 0:
+    """The ledger's folder, made where it is not there: one for root, one per user, the same in and around a sandbox.
+
+    Raises IsolatencyError where the place is somebody else's.
+    """
+    if host_root():
         path = Path("/run/isolatency")
-    elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
+    elif (runtime := os.environ.get("XDG_RUNTIME_DIR")) and os.access(runtime, os.W_OK):
         path = Path(runtime) / "isolatency"
     else:
-        path = Path(tempfile.gettempdir()) / f"isolatency-{os.geteuid()}"
+        path = Path(tempfile.gettempdir()) / f"isolatency-{outer_uid()}"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.lstat().st_uid != os.geteuid():
+        raise IsolatencyError(f"the ledger's folder {path} belongs to another user; remove it, or set XDG_RUNTIME_DIR")
     return path
 
 
 @dataclass(frozen=True)
 class Owner:
-    """One ledger file as read: who made what is in `entries` (n → kind and fields), and whether it still lives."""
+    """One ledger file as read: who made what is in `entries` (n → kind and fields), and whether it still lives.
+
+    `netns` and `pidns` are the namespaces that the owner was in.
+    """
 
     id: str
     what: str
@@ -58,8 +68,17 @@ class Owner:
     netns: int
     alive: bool
     path: Path
+    pidns: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
-    entries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    entries: dict[int, Entry] = field(default_factory=dict)
+
+    @property
+    def in_reach(self) -> bool:
+        """False inside a sandbox for what lives outside of it: its processes cannot be seen from there."""
+        return SANDBOX not in os.environ or self.pidns == pidns()
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.name} ({self.id})"
 
 
 class Ledger:
@@ -67,12 +86,11 @@ class Ledger:
 
     def __init__(self, path: Path, what: What, name: str) -> None:
         self.id = path.stem
-        self._file = path.open("x", encoding="utf-8")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        self._entries: dict[int, dict[str, Any]] = {}
+        self.path = path
+        self._file = _create(path)
+        self._entries: dict[int, Entry] = {}
         self._next = 0
-        self._path = path
-        self._write({"owner": {"what": what, "name": name, "pid": os.getpid(), "netns": netns()}})
+        self._write({"owner": {"what": what, "name": name, "pid": os.getpid(), "netns": netns(), "pidns": pidns()}})
 
     @classmethod
     def open(cls, what: What, name: str) -> Self:
@@ -80,7 +98,7 @@ class Ledger:
 
     def add(self, kind: str, **fields: Any) -> int:
         """Write a resource down, flushed to disk. Call it before the resource is made."""
-        if kind not in _REMOVERS:
+        if kind not in REMOVERS:
             raise ValueError(f"no remover for {kind}")
         self._next += 1
         entry = {"kind": kind, **fields}
@@ -94,7 +112,10 @@ class Ledger:
         return number, {MARK: self._entries[number]["mark"]}
 
     def remove(self, number: int) -> None:
-        """Remove a resource (one that is gone already is fine) and strike it out."""
+        """Remove a resource (one that is gone already is fine) and strike it out.
+
+        Raises IsolatencyError where it cannot be removed; it then stays written down, for `clean`.
+        """
         entry = self._entries.get(number)
         if entry is not None:
             _remove(entry, self.id)
@@ -102,22 +123,38 @@ class Ledger:
             self._entries.pop(number, None)
 
     def remove_all(self) -> list[str]:
-        """Remove everything still written down, newest first; returns a sentence for each."""
+        """Remove everything still written down, newest first; returns a sentence for each.
+
+        Raises the first IsolatencyError, once all the others are removed.
+        """
         said = []
+        failed: IsolatencyError | None = None
         for number in sorted(self._entries, reverse=True):
-            said.append(_words(self._entries[number]))
-            self.remove(number)
+            said.append(words(self._entries[number]))
+            try:
+                self.remove(number)
+            except IsolatencyError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
         return said
 
     def note(self, **fields: Any) -> None:
         self._write({"note": fields})
 
     def _write(self, line: dict[str, Any]) -> None:
+        """The whole line or nothing: after a full disk the next line must not grow onto half of this one."""
         if shell.dry_run():
             return
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        text = json.dumps(line).encode() + b"\n"
+        size = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, size)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -127,9 +164,23 @@ class Ledger:
     ) -> None:
         try:
             self.remove_all()
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
         finally:
-            self._file.close()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the file as it is: what it still names is a dead owner's from now on, for `clean`."""
+        os.close(self._file)
+
+
+def _create(path: Path) -> int:
+    """A new file, locked. A clean that comes between the two takes it for a dead owner's and removes it: again then."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file).st_nlink:
+            return file
+        os.close(file)
 
 
 def owners() -> list[Owner]:
@@ -142,97 +193,190 @@ def owners() -> list[Owner]:
 
 
 def _read(path: Path) -> Owner:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             alive = False
         except BlockingIOError:
             alive = True
-        owner: dict[str, Any] = {"what": "run", "name": "?", "pid": 0, "netns": 0}
-        notes: dict[str, Any] = {}
-        entries: dict[int, dict[str, Any]] = {}
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # torn: written while the owner was killed, so what it names was not yet made
-            if "owner" in line:
-                owner |= line["owner"]
-            elif "add" in line:
-                entries[line.pop("add")] = line
-            elif "drop" in line:
-                entries.pop(line["drop"], None)
-            elif "note" in line:
-                notes |= line["note"]
+        lines = file.read().splitlines()
+    owner: dict[str, Any] = {"what": "run", "name": "?", "pid": 0, "netns": 0}
+    notes: dict[str, Any] = {}
+    entries: dict[int, Entry] = {}
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # torn: written while the owner was killed, so what it names was not yet made
+        if "owner" in line:
+            owner |= {key: value for key, value in line["owner"].items() if key in (*owner, "pidns")}
+        elif "add" in line:
+            entries[line.pop("add")] = line
+        elif "drop" in line:
+            entries.pop(line["drop"], None)
+        elif "note" in line:
+            notes |= line["note"]
     return Owner(path.stem, alive=alive, path=path, notes=notes, entries=entries, **owner)
 
 
 def clean(everything: bool = False) -> tuple[list[str], list[str]]:
-    """Remove what dead owners left; with `everything`, end live ones first. Returns what was removed, and what not."""
+    """Remove what dead owners left; with `everything`, end live ones first. Returns what was removed, and what not.
+
+    Raises IsolatencyError when something could not be removed, once all the rest was; it stays written down.
+    """
     removed: list[str] = []
     left: list[str] = []
-    for owner in owners():
-        if owner.alive and everything:
-            end_owner(owner)
-            removed.append(f"{owner.what} {owner.name} ({owner.id})")
-            with contextlib.suppress(FileNotFoundError):
-                owner = _read(owner.path)
-        if owner.alive:
-            left.append(f"{owner.what} {owner.name} ({owner.id}), which is alive")
-            continue
-        if owner.path.exists():
-            removed += _remove_dead(owner)
+    failed: list[str] = []
+    with _locked("clean.lock"):  # two at once would take each other for live owners
+        found = owners()
+        if everything and not shell.dry_run():
+            living = [owner for owner in found if owner.alive and owner.in_reach]
+            for owner, ended in zip(living, end(living), strict=True):
+                (removed if ended else failed).append(f"{owner}" if ended else f"{owner} does not end")
+            found = owners()
+        for owner in found:
+            if not owner.in_reach:
+                left.append(f"{owner}, which is not of this sandbox")
+            elif owner.alive and everything and shell.dry_run():
+                shell.say(f"end {owner} and remove what it has made")
+            elif owner.alive:
+                left.append(f"{owner}, which is alive")
+            else:
+                _remove_dead(owner, removed, failed)
+        removed += _from_before_the_start()
+    if failed:
+        raise IsolatencyError(
+            f"{len(failed)} could not be removed, the first: {failed[0]}; run `isolatency clean` again",
+            detail="\n".join([*(f"removed {line}" for line in removed), *(f"not removed: {line}" for line in failed)]),
+        )
     return removed, left
 
 
-def _remove_dead(owner: Owner) -> list[str]:
-    said = []
+def remove_dead(owner: Owner) -> None:
+    """Remove what one dead owner left. Raises IsolatencyError when something could not be removed."""
+    failed: list[str] = []
+    _remove_dead(owner, [], failed)
+    if failed:
+        raise IsolatencyError(f"{failed[0]}; run `isolatency clean`")
+
+
+def _remove_dead(owner: Owner, removed: list[str], failed: list[str]) -> None:
     with contextlib.suppress(FileNotFoundError), owner.path.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return []  # another clean is at it
+        if not _lock(file.fileno(), READERS_S):
+            return  # another one is at it
         for number in sorted(owner.entries, reverse=True):
             entry = owner.entries[number]
             if shell.dry_run():
-                shell.say(f"remove {_words(entry)}")
+                shell.say(f"remove {words(entry)}")
                 continue
-            if _remove(entry, owner.id):
-                said.append(_words(entry))
+            try:
+                said = _remove(entry, owner.id)
+            except IsolatencyError as error:
+                failed.append(str(error))
+                continue
+            removed += [said] if said else []
             file.write(json.dumps({"drop": number}) + "\n")
             file.flush()
-        if not shell.dry_run():
+        if not failed and not shell.dry_run():
             owner.path.unlink(missing_ok=True)
-    return said
+
+
+def _remove(entry: Entry, owner: str) -> str | None:
+    """Remove one resource; a sentence on it, None where it was gone already."""
+    remover = REMOVERS.get(entry["kind"])
+    if remover is None:
+        raise IsolatencyError(f"{words(entry)} is of a kind that this version does not know; clean with a newer one")
+    if entry["kind"] == "sysctl" and _wanted_by_another(entry, owner):
+        return None
+    return remover(entry, owner)
+
+
+def _wanted_by_another(entry: Entry, owner: str) -> bool:
+    """Whether another owner has set the same one in the same namespace: the last one to go restores it."""
+    same = {key: entry[key] for key in ("kind", "name", "netns")}
+    others = [other for other in owners() if other.id != owner]
+    return any(same.items() <= found.items() for other in others for found in other.entries.values())
+
+
+def _from_before_the_start() -> list[str]:
+    """Our folders in the cache that are older than this start of the machine, whose ledger was in memory."""
+    removed = []
+    own = re.compile(r"(sandbox-[0-9a-f]{8}|isolatency-[0-9a-f]{8}-.*)")
+    for path in cache_dir().glob("*-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if own.fullmatch(path.name) and path.lstat().st_ctime < psutil.boot_time():
+                entry = {"kind": "dir", "path": str(path)}
+                if shell.dry_run():
+                    shell.say(f"remove {words(entry)}")
+                elif said := REMOVERS["dir"](entry, path.name.split("-")[1]):
+                    removed.append(said)
+    return removed
+
+
+def end(living: Sequence[Owner]) -> list[bool]:
+    """Ask live owners to end, all at once, then make those that have not; for each, whether it has ended."""
+    left = list(living)
+    for number, patience_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
+        for owner in left:
+            for pid in _holders(owner.path):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        until = time.monotonic() + patience_s
+        while (left := [owner for owner in left if _is_alive(owner)]) and time.monotonic() < until:
+            time.sleep(0.05)
+    return [owner not in left for owner in living]
 
 
 def end_owner(owner: Owner) -> None:
-    """Ask a live owner to end, then make it: its file's lock tells when it is gone."""
-    for number, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, GONE_S)):
-        for pid in _holders(owner.path):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        end = time.monotonic() + patience_s
-        while time.monotonic() < end:
-            if not owner.path.exists() or not _read(owner.path).alive:
-                return
-            time.sleep(0.05)
-    raise IsolatencyError(f"the {owner.what} {owner.name} ({owner.id}) did not end; end its process by hand")
+    """End one live owner. Raises IsolatencyError when it does not end."""
+    if not all(end([owner])):
+        raise IsolatencyError(f"the {owner} did not end; end its process by hand")
+
+
+def _is_alive(owner: Owner) -> bool:
+    try:
+        return _read(owner.path).alive
+    except FileNotFoundError:
+        return False
 
 
 def _holders(path: Path) -> list[int]:
-    """Processes that have the ledger file open, by /proc: right in any PID namespace."""
-    found = []
+    """Processes that hold the lock on a ledger file, by /proc: right in any PID namespace. Mere readers are not."""
+    found = set()
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
-            if os.path.samestat(link.stat(), path.stat()) and int(link.parts[2]) != os.getpid():
-                found.append(int(link.parts[2]))
-    return sorted(set(found))
+            if os.path.samestat(link.stat(), path.stat()):
+                about = (link.parents[1] / "fdinfo" / link.name).read_text()
+                if re.search(r"^lock:.* FLOCK .* WRITE ", about, re.MULTILINE):
+                    found.add(int(link.parts[2]))
+    return sorted(found - {os.getpid()})
+
+
+def _lock(file: int, patience_s: float) -> bool:
+    end_s = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
+
+
+@contextlib.contextmanager
+def _locked(name: str) -> Iterator[None]:
+    """One process at a time; the next one waits."""
+    with (folder() / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager
 def run_lock() -> Iterator[None]:
     """One run at a time on a machine: two would disturb each other. Raises IsolatencyError when one is under way."""
+    RUN_LOCK.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         os.close(os.open(RUN_LOCK, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o666))
         RUN_LOCK.chmod(0o666)
@@ -247,207 +391,4 @@ def run_lock() -> Iterator[None]:
         yield
 
 
-def netns() -> int:
-    """The inode of this process's network namespace."""
-    return Path("/proc/self/ns/net").stat().st_ino
-
-
-def in_netns(inode: int) -> list[str] | None:
-    """The words that put a command into the namespace `inode`: none if it is ours, None if nobody lives in it."""
-    if inode == netns():
-        return []
-    for link in Path("/proc").glob("[0-9]*/ns/net"):
-        with contextlib.suppress(OSError):
-            if link.stat().st_ino == inode:
-                return ["nsenter", f"--net={link}"]
-    return None
-
-
-def processes(mark: str) -> list[int]:
-    """Processes that carry the mark in their environment."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parts[2]))
-    return found
-
-
-def _words(entry: dict[str, Any]) -> str:
-    kind = entry["kind"]
-    what = entry.get("name") or entry.get("path") or " ".join(entry.get("delete", []))
-    return f"{kind} {what}"
-
-
-def _remove(entry: dict[str, Any], owner: str) -> bool:
-    """Remove one resource; False where it was gone already."""
-    return _REMOVERS[entry["kind"]](entry, owner)
-
-
-def _kill(pids: list[int], still: Any) -> None:
-    """SIGKILL each process that is `still` ours once its pidfd is held, so that a reused pid is never hit."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            handle = os.pidfd_open(pid)
-            try:
-                if pid in still():
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
-            finally:
-                os.close(handle)
-
-
-def _until_gone(look: Any, what: str) -> None:
-    end = time.monotonic() + GONE_S
-    while look():
-        if time.monotonic() > end:
-            raise IsolatencyError(
-                f"{what} is still there {GONE_S:g} s after it was killed; run `isolatency clean` again"
-            )
-        time.sleep(0.01)
-
-
-def _remove_process(entry: dict[str, Any], owner: str) -> bool:
-    def look() -> list[int]:
-        return processes(entry["mark"])
-
-    found = look()
-    if not found:
-        time.sleep(EXEC_S)
-        found = look()
-    if not found:
-        return False
-    _kill(found, look)
-    _until_gone(look, f"the process {entry['name']}")
-    return True
-
-
-def _cgroup_folders(name: str) -> list[Path]:
-    """The folder of that name in each hierarchy (one for cgroup v2)."""
-    return [path for path in (CGROUPS / name, *CGROUPS.glob(f"*/{name}")) if path.is_dir() and not path.is_symlink()]
-
-
-def _cgroup_pids(name: str) -> list[int]:
-    pids: set[int] = set()
-    for top in _cgroup_folders(name):
-        for path in top.rglob("cgroup.procs"):
-            with contextlib.suppress(OSError):
-                pids |= {int(word) for word in path.read_text().split()}
-    return sorted(pids - {0})
-
-
-def _remove_cgroup(entry: dict[str, Any], owner: str) -> bool:
-    name = entry["name"]
-    folders = _cgroup_folders(name)
-    if not folders:
-        return False
-    _kill(_cgroup_pids(name), lambda: _cgroup_pids(name))
-    _until_gone(lambda: _cgroup_pids(name), f"a process in the cgroup {name}")
-    for top in folders:
-        below = sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True)
-        for path in (*below, top):
-            _until_gone(lambda path=path: not _rmdir(path), f"the cgroup {path}")
-    return True
-
-
-def _rmdir(path: Path) -> bool:
-    try:
-        path.rmdir()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False  # busy for some milliseconds after its last process
-    return True
-
-
-def _mounts_below(path: Path) -> list[str]:
-    lines = Path("/proc/self/mounts").read_text().splitlines()
-    points = [line.split()[1].replace("\\040", " ") for line in lines]
-    return sorted((p for p in points if p == str(path) or p.startswith(f"{path}/")), reverse=True)
-
-
-def _remove_dir(entry: dict[str, Any], owner: str) -> bool:
-    path = Path(entry["path"])
-    if owner not in path.name:
-        raise IsolatencyError(
-            f"the folder {path} in the ledger does not carry its owner's id {owner}; remove it by hand"
-        )
-    if not path.exists():
-        return False
-    for point in _mounts_below(path):
-        shell.run(["umount", "--lazy", point])
-    shutil.rmtree(path)
-    return True
-
-
-def _remove_mount(entry: dict[str, Any], owner: str) -> bool:
-    if not _mounts_below(Path(entry["path"])):
-        return False
-    shell.run(["umount", "--lazy", entry["path"]])
-    return True
-
-
-def _remove_container(entry: dict[str, Any], owner: str) -> bool:
-    try:
-        with contextlib.closing(docker.DockerClient(base_url=entry["docker_host"], timeout=10)) as engine:
-            found = engine.containers.list(all=True, filters={"label": f"isolatency={owner}", "name": entry["name"]})
-            for container in found:
-                container.remove(force=True, v=True)
-            return bool(found)
-    except (docker.errors.DockerException, requests.RequestException):
-        return False  # the engine is gone, and its containers with it
-
-
-def _remove_tap(entry: dict[str, Any], owner: str) -> bool:
-    inside = in_netns(entry["netns"])
-    if inside is None:
-        return False
-    if shell.run([*inside, "ip", "link", "show", "dev", entry["name"]], changes=False, check=False).returncode:
-        return False
-    shell.run([*inside, "ip", "link", "del", "dev", entry["name"]])
-    return True
-
-
-def _remove_rule(entry: dict[str, Any], owner: str) -> bool:
-    inside = in_netns(entry["netns"])
-    if inside is None:
-        return False
-    return shell.run([*inside, *entry["delete"]], check=False).returncode == 0
-
-
-def _remove_sysctl(entry: dict[str, Any], owner: str) -> bool:
-    """Restore the old value, unless another owner in the same namespace still needs the new one."""
-    inside = in_netns(entry["netns"])
-    if inside is None:
-        return False
-    for other in owners():
-        if other.id != owner and any(
-            (found["kind"], found.get("name"), found.get("netns")) == ("sysctl", entry["name"], entry["netns"])
-            for found in other.entries.values()
-        ):
-            return False
-    shell.run([*inside, "sysctl", "-q", "-w", f"{entry['name']}={entry['value']}"])
-    return True
-
-
-def _remove_netns(entry: dict[str, Any], owner: str) -> bool:
-    if not (Path("/run/netns") / entry["name"]).exists():
-        return False
-    try:
-        shell.run(["ip", "netns", "del", entry["name"]])
-    except ShellError:
-        return False
-    return True
-
-
-_REMOVERS = {
-    "process": _remove_process,
-    "cgroup": _remove_cgroup,
-    "dir": _remove_dir,
-    "mount": _remove_mount,
-    "container": _remove_container,
-    "tap": _remove_tap,
-    "rule": _remove_rule,
-    "sysctl": _remove_sysctl,
-    "netns": _remove_netns,
-}
+__all__ = ["CGROUPS", "MARK", "Ledger", "Owner", "clean", "end", "end_owner", "folder", "netns", "owners", "processes"]
