@@ -15,7 +15,8 @@ bench: images
 	$(BIN)/isolatency sandbox -- $(CURDIR)/$(BIN)/isolatency run --quick
 
 test: images
-	$(BIN)/pytest
+	$(BIN)/pytest tests/unit tests/e2e
+	$(BIN)/isolatency sandbox -- $(BIN)/pytest tests/contract
 
 check: venv
 	$(BIN)/ruff check
