@@ -26,8 +26,8 @@ from loadtest._record import Record
 
 SPARE_MIB = 1024  # what the host itself and the load client keep
 NESTED_MIB = 2048  # the emulated host around a nested Firecracker
-START_S = {"process": 2, "docker": 3, "uml": 4, "qemu": 10, "firecracker": 40, "url": 1}
-SLOW_S = {"knn": 15, "dnn": 15}  # an emulated batch job, very roughly; said as "about"
+START_S = {"process": 2, "docker": 3, "uml": 4, "qemu": 10, "firecracker": 30, "url": 1}
+SLOW_S = {"knn": 5, "dnn": 5}  # an emulated batch job, very roughly; said as "about"
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ def phases(plan: Plan, kvm_boots: bool) -> list[Phase]:
 def estimate_s(plan: Plan, phase: Phase) -> float:
     """About how long a phase takes, in seconds: what the run says at its start, and a third of its bound."""
     cells = len(plan.models) * len(plan.loads)
-    load = 0.0 if plan.only == "batch" else cells * (plan.emulated_seconds * 2 if phase.emulated else plan.seconds)
+    load = 0.0 if plan.only == "batch" else cells * (plan.emulated_seconds * 1.5 if phase.emulated else plan.seconds)
     batch = 0.0
     if plan.only != "load":
         for job in plan.jobs:
-            cost = 1.5 * job.rows / 569 if job.job == "knn" else 0.0022 * job.rows * job.epochs
-            batch += SLOW_S[job.job] if phase.emulated else (cost + 0.7) * job.repeats
+            cost = 0.7 * job.rows / 569 if job.job == "knn" else 0.0008 * job.rows * job.epochs
+            batch += SLOW_S[job.job] if phase.emulated else (cost + 0.5) * job.repeats
     return sum(START_S[spec.kind] + load + batch for spec in phase.specs)
 
 
