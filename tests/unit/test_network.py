@@ -63,7 +63,10 @@ print(sorted(names()))
     ("before", "words"),
     [
         ("ip tuntap add dev tap0 mode tap", "tap0"),
-        ("ip link add d0 type veth peer name d1 && ip addr add 172.16.0.9/16 dev d0 && ip link set d0 up", "172.16.0.0/16"),
+        (
+            "ip link add d0 type veth peer name d1 && ip addr add 172.16.0.9/16 dev d0 && ip link set d0 up",
+            "172.16.0.0/16",
+        ),
     ],
 )
 def test_what_somebody_else_put_there_is_refused_by_name(before: str, words: str) -> None:
