@@ -39,7 +39,7 @@ def test_help_names_every_command_and_the_exit_codes(isolatency: Command) -> Non
         (["run", "no-such-plan.toml"], 2, "could not be read"),
         (["report", "no-such-folder"], 1, "is no run folder"),
         (["down", "nobody"], 2, "no target 'nobody'"),
-        (["images", "load", "/etc/hostname"], 1, "/etc/hostname"),
+        (["images", "load", "/etc/hostname"], 2, "is no bundle of images"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_exit_code(isolatency: Command, words: list[str], code: int, found: str) -> None:
