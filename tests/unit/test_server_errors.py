@@ -183,6 +183,18 @@ def test_what_is_no_http(server: Running, head: bytes) -> None:
     refused(answer, answer.status)
 
 
+def test_expectations(server: Running) -> None:
+    """curl asks so before it sends a large body."""
+    body = json.dumps(request(good())).encode()
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    met = server.raw(f"{head}Expect: 100-continue\r\n\r\n".encode(), body)
+    assert met.startswith(b"HTTP/1.1 100 ")
+    assert parse(met.partition(b"\r\n\r\n")[2]).status == 200
+    refused(parse(server.raw(f"{head}Expect: the-unexpected\r\n\r\n".encode(), body)), 417, "100-continue")
+    met = server.raw(f"{head}Expect: 100-continue\r\n\r\n".replace("knn", "ghost").encode(), body)
+    refused(parse(met.partition(b"\r\n\r\n")[2] if b" 100 " in met[:20] else met), 404, "ghost")
+
+
 def test_a_client_that_goes_away_in_its_body_disturbs_nobody(server: Running) -> None:
     server.hang_up_after(b"POST " + INFER.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
     assert server_still_answers(server)

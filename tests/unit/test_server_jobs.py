@@ -121,7 +121,7 @@ def test_two_asked_for_at_once_are_one_and_a_409(server: Running) -> None:
 
 
 def test_progress_is_seen_while_it_runs_and_the_server_serves(server: Running) -> None:
-    identifier = begin(server, **LONG)
+    identifier = begin(server, job="dnn", rows=2000, epochs=40)
     shares = []
 
     def further() -> bool:

@@ -101,6 +101,17 @@ def test_a_tree_label_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert str(tmp_path / "missing") in done.stderr.splitlines()[-1]
 
 
+def test_it_serves_over_ipv6(tmp_path: Path) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as tried:
+            tried.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback; enable it (net.ipv6.conf.lo.disable_ipv6=0)")
+    with serving(tmp_path, "--model", "null", "--host", "::1") as running:
+        assert running.url.startswith("http://[::1]:")
+        assert running.call("GET", "/v2/health/ready").status == 200
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_blas_has_the_threads_that_were_asked_for(tmp_path: Path, threads: int) -> None:
     if threads > len(os.sched_getaffinity(0)):
