@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hostsetup.ledger import CGROUPS, Ledger
+from hostsetup.namespaces import host_root
 from images import shell
 from images.errors import IsolatencyError, ShellError
 
@@ -34,7 +35,7 @@ def placed(ledger: Ledger, name: str, cores: Sequence[int], mem_mib: int | None)
     Raises IsolatencyError with the kernel's reason where cgroups cannot be written although we are root.
     """
     listed = ",".join(map(str, cores))
-    if os.geteuid() != 0 or not _writable():
+    if not _writable():
         caveat = f"{name}: without cgroups it has CPU affinity only" + (
             ", and its memory is unlimited" if mem_mib else ""
         )
@@ -57,12 +58,8 @@ def version() -> int:
 
 def _writable() -> bool:
     """False in a user namespace, where root is not the host's root."""
-    return os.access(CGROUPS if version() == 2 else CGROUPS / "cpuset", os.W_OK) and _is_host_root()
-
-
-def _is_host_root() -> bool:
-    first = Path("/proc/self/uid_map").read_text().split()
-    return first[:2] == ["0", "0"]
+    wanted = [CGROUPS] if version() == 2 else [CGROUPS / "cpuset", CGROUPS / "memory"]
+    return host_root() and all(os.access(path, os.W_OK) for path in wanted)
 
 
 def _make(group: str, cores: str, mem_mib: int | None) -> tuple[Path, ...]:
@@ -79,7 +76,10 @@ def _make(group: str, cores: str, mem_mib: int | None) -> tuple[Path, ...]:
 
 
 def _make_v2(folder: Path, cores: str, limit: str | None) -> Path:
-    shell.write(CGROUPS / "cgroup.subtree_control", "+cpuset +memory")
+    control = CGROUPS / "cgroup.subtree_control"
+    if missing := {"cpuset", "memory"} - set(control.read_text().split()):
+        # Not undone: by the time that we go, others may count on these controllers too.
+        shell.write(control, " ".join(f"+{name}" for name in sorted(missing)))
     _mkdir(folder)
     shell.write(folder / "cpuset.cpus", cores)
     if limit is not None:
@@ -99,6 +99,8 @@ def _make_v1(group: str, cores: str, limit: str | None) -> tuple[Path, ...]:
     memory = CGROUPS / "memory" / group
     _mkdir(memory)
     shell.write(memory / "memory.limit_in_bytes", limit)
+    if (memory / "memory.memsw.limit_in_bytes").exists():
+        shell.write(memory / "memory.memsw.limit_in_bytes", limit)
     return cpuset, memory
 
 

@@ -24,14 +24,14 @@ from typing import Any, Literal, Self
 
 import psutil
 
-from hostsetup.namespaces import SANDBOX, host_root, netns, outer_uid, pidns
+from hostsetup.namespaces import SANDBOX, host_root, netns, outer_uid
 from hostsetup.removers import CGROUPS, MARK, REMOVERS, Entry, processes, words
 from images import shell
 from images.errors import IsolatencyError
 from images.store import cache_dir
 
 What = Literal["run", "kept", "sandbox", "test"]
-TERM_S = 20.0
+TERM_S = 30.0  # a nested guest takes its time
 KILL_S = 5.0
 READERS_S = 2.0  # others look at a file for milliseconds
 RUN_LOCK = Path("/run/lock/isolatency.lock")
@@ -58,7 +58,7 @@ def folder() -> Path:
 class Owner:
     """One ledger file as read: who made what is in `entries` (n → kind and fields), and whether it still lives.
 
-    `netns` and `pidns` are the namespaces that the owner was in.
+    `netns` is the network namespace that it was in, `sandbox` the sandbox, empty outside of one.
     """
 
     id: str
@@ -68,14 +68,14 @@ class Owner:
     netns: int
     alive: bool
     path: Path
-    pidns: int = 0
+    sandbox: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
     entries: dict[int, Entry] = field(default_factory=dict)
 
     @property
     def in_reach(self) -> bool:
         """False inside a sandbox for what lives outside of it: its processes cannot be seen from there."""
-        return SANDBOX not in os.environ or self.pidns == pidns()
+        return os.environ.get(SANDBOX, "") in ("", self.sandbox)
 
     def __str__(self) -> str:
         return f"{self.what} {self.name} ({self.id})"
@@ -90,7 +90,8 @@ class Ledger:
         self._file = _create(path)
         self._entries: dict[int, Entry] = {}
         self._next = 0
-        self._write({"owner": {"what": what, "name": name, "pid": os.getpid(), "netns": netns(), "pidns": pidns()}})
+        sandbox = os.environ.get(SANDBOX, "")
+        self._write({"owner": {"what": what, "name": name, "pid": os.getpid(), "netns": netns(), "sandbox": sandbox}})
 
     @classmethod
     def open(cls, what: What, name: str) -> Self:
@@ -118,7 +119,7 @@ class Ledger:
         """
         entry = self._entries.get(number)
         if entry is not None:
-            _remove(entry, self.id)
+            _remove(entry, self.id, number)
             self._write({"drop": number})
             self._entries.pop(number, None)
 
@@ -209,7 +210,7 @@ def _read(path: Path) -> Owner:
         except ValueError:
             continue  # torn: written while the owner was killed, so what it names was not yet made
         if "owner" in line:
-            owner |= {key: value for key, value in line["owner"].items() if key in (*owner, "pidns")}
+            owner |= {key: value for key, value in line["owner"].items() if key in (*owner, "sandbox")}
         elif "add" in line:
             entries[line.pop("add")] = line
         elif "drop" in line:
@@ -227,7 +228,7 @@ def clean(everything: bool = False) -> tuple[list[str], list[str]]:
     removed: list[str] = []
     left: list[str] = []
     failed: list[str] = []
-    with _locked("clean.lock"):  # two at once would take each other for live owners
+    with locked("clean.lock"):  # two at once would take each other for live owners
         found = owners()
         if everything and not shell.dry_run():
             living = [owner for owner in found if owner.alive and owner.in_reach]
@@ -270,7 +271,7 @@ def _remove_dead(owner: Owner, removed: list[str], failed: list[str]) -> None:
                 shell.say(f"remove {words(entry)}")
                 continue
             try:
-                said = _remove(entry, owner.id)
+                said = _remove(entry, owner.id, number)
             except IsolatencyError as error:
                 failed.append(str(error))
                 continue
@@ -281,21 +282,21 @@ def _remove_dead(owner: Owner, removed: list[str], failed: list[str]) -> None:
             owner.path.unlink(missing_ok=True)
 
 
-def _remove(entry: Entry, owner: str) -> str | None:
+def _remove(entry: Entry, owner: str, number: int) -> str | None:
     """Remove one resource; a sentence on it, None where it was gone already."""
     remover = REMOVERS.get(entry["kind"])
     if remover is None:
         raise IsolatencyError(f"{words(entry)} is of a kind that this version does not know; clean with a newer one")
-    if entry["kind"] == "sysctl" and _wanted_by_another(entry, owner):
+    if entry["kind"] == "sysctl" and _wanted_by_another(entry, owner, number):
         return None
     return remover(entry, owner)
 
 
-def _wanted_by_another(entry: Entry, owner: str) -> bool:
-    """Whether another owner has set the same one in the same namespace: the last one to go restores it."""
+def _wanted_by_another(entry: Entry, owner: str, number: int) -> bool:
+    """Whether the same was set in the same namespace for something else: the last one to go restores it."""
     same = {key: entry[key] for key in ("kind", "name", "netns")}
-    others = [other for other in owners() if other.id != owner]
-    return any(same.items() <= found.items() for other in others for found in other.entries.values())
+    found = [(other.id, n, wanted) for other in owners() for n, wanted in other.entries.items()]
+    return any((other, n) != (owner, number) and same.items() <= wanted.items() for other, n, wanted in found)
 
 
 def _from_before_the_start() -> list[str]:
@@ -366,7 +367,7 @@ def _lock(file: int, patience_s: float) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(name: str) -> Iterator[None]:
+def locked(name: str) -> Iterator[None]:
     """One process at a time; the next one waits."""
     with (folder() / name).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

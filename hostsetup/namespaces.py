@@ -1,4 +1,4 @@
-"""Which user, network and PID namespace this process is in, and how a command gets into another one."""
+"""Which user and network namespace this process is in, and how a command gets into another one."""
 
 import os
 import socket
@@ -43,11 +43,6 @@ def netns() -> int:
             return int.from_bytes(any_socket.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), sys.byteorder)
         except OSError:
             return Path("/proc/self/ns/net").stat().st_ino
-
-
-def pidns() -> int:
-    """This process's PID namespace, by its inode."""
-    return Path("/proc/self/ns/pid").stat().st_ino
 
 
 def in_netns(wanted: int) -> list[str] | None:

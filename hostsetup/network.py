@@ -1,6 +1,5 @@
 """The host's side of a guest's network: tap i with 172.16.i.1/24, the guest at 172.16.i.2; NAT where asked for."""
 
-import fcntl
 import ipaddress
 import json
 from collections.abc import Iterator
@@ -50,7 +49,7 @@ def guest_slot(ledger: Ledger) -> Iterator[Slot]:
 
     Raises IsolatencyError naming a tap or a route that somebody else put in its place.
     """
-    with _choosing():
+    with books.locked("slots.lock"):  # two targets that start together must not choose the same index
         slot = _lowest_free()
         _refuse_foreign(slot)
         entry = ledger.add("tap", name=slot.tap, index=slot.index, netns=books.netns())
@@ -61,14 +60,6 @@ def guest_slot(ledger: Ledger) -> Iterator[Slot]:
         yield slot
     finally:
         ledger.remove(entry)
-
-
-@contextmanager
-def _choosing() -> Iterator[None]:
-    """One at a time, so that two targets that start together do not choose the same index."""
-    with (books.folder() / "slots.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _lowest_free() -> Slot:
@@ -91,7 +82,8 @@ def _refuse_foreign(slot: Slot) -> None:
     wanted = ipaddress.ip_network(slot.network)
     routes = json.loads(shell.run(["ip", "-json", "-4", "route", "show"], changes=False).stdout or "[]")
     for route in routes:
-        if route["dst"] != "default" and ipaddress.ip_network(route["dst"], strict=False).overlaps(wanted):
+        there = ipaddress.ip_network(route["dst"].replace("default", "0.0.0.0/0"), strict=False)
+        if there.prefixlen > 1 and there.overlaps(wanted):  # a VPN's two halves are a default route too
             raise IsolatencyError(
                 f"the guest wants {slot.network}, and the route to {route['dst']} overlaps it; "
                 "remove that route, or run in `isolatency sandbox`"

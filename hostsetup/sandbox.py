@@ -6,28 +6,32 @@ protocol of sd_listen_fds(3)), runs the command and reaps. When process 1 ends, 
 everything else; when `run` is killed, its death signal ends `unshare`, and that ends process 1.
 """
 
-import contextlib
 import os
 import select
-import shutil
+import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 from hostsetup import ledger as books
+from hostsetup import machine
 from hostsetup.ledger import Ledger
+from hostsetup.namespaces import SANDBOX as VARIABLE
+from hostsetup.namespaces import host_root
 from images import shell, store
 from images.errors import IsolatencyError, UsageError
 
-VARIABLE = "ISOLATENCY_SANDBOX"
 COMMAND_STOP_S = 15.0
-ENGINE_STOP_S = 10.0
+_INTERRUPT = signal.SIGUSR1  # from `run` to process 1: a SIGINT that was sent to `run` alone
+_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+_INSIDE = (*_OUTSIDE, _INTERRUPT)
+_FROM_KERNEL = 0x80  # SI_KERNEL: the terminal's own, which its whole foreground group gets
 
 
 def inside() -> bool:
@@ -39,15 +43,22 @@ def run(command: Sequence[str]) -> int:
     """Run a command in a sandbox; returns its exit code (128 + n for signal n). Raises UsageError inside of one."""
     if inside():
         raise UsageError("this is a sandbox already; run the command as it is")
-    with Ledger.open("sandbox", command[0]) as ledger:
-        runtime = _folder(ledger, books.folder())  # sockets: their paths must stay below 108 bytes
-        data = _folder(ledger, store.cache_dir())
-        ledger.add("cgroup", name=_cgroup(ledger.id))
-        environment = os.environ | {VARIABLE: ledger.id, "DOCKER_HOST": f"unix://{runtime / 'docker.sock'}"}
-        argv = [*_unshare(), sys.executable, "-m", "hostsetup.sandbox", ledger.id, runtime, data, *command]
-        process = shell.spawn(argv, env=environment, stdin=None, stdout=None, stderr=None, new_session=False)
-        with _passing_signals(process.pid):
-            code = process.wait()
+    # Blocked here, they stay so in what is started, until process 1 can handle them: it would lose them before.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INSIDE)
+    try:
+        with Ledger.open("sandbox", shlex.join(command)[:80]) as ledger:
+            runtime = _folder(ledger, books.folder())  # sockets: their paths must stay below 108 bytes
+            data = _folder(ledger, store.cache_dir())
+            ledger.add("cgroup", name=_cgroup(ledger.id))
+            _, mark = ledger.mark("sandbox")
+            docker = {"DOCKER_HOST": f"unix://{runtime / 'docker.sock'}"}
+            environment = os.environ | {VARIABLE: ledger.id} | docker | mark
+            argv = [*_unshare(), sys.executable, "-P", "-m", "hostsetup.sandbox", ledger.id, runtime, data, *command]
+            process = shell.spawn(argv, env=environment, stdin=None, stdout=None, stderr=None, new_session=False)
+            code = _wait(process)
+            _remove_what_ended_in(ledger.id)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return code if code >= 0 else 128 - code
 
 
@@ -68,22 +79,36 @@ def _cgroup(owner: str) -> str:
     return f"isolatency-{owner}-engine"
 
 
-@contextlib.contextmanager
-def _passing_signals(unshare: int) -> Iterator[None]:
-    """A terminal's Ctrl-C reaches the command by itself; SIGTERM and SIGHUP go to process 1 of the sandbox."""
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Until the sandbox has ended, passing on what only this process was sent."""
+    while True:
+        received = signal.sigwaitinfo(_OUTSIDE)
+        if received.si_signo == signal.SIGCHLD:
+            if (code := process.poll()) is not None:
+                return code
+        elif received.si_signo != signal.SIGINT:
+            _tell(process, signal.SIGTERM)
+        elif received.si_code != _FROM_KERNEL:
+            _tell(process, _INTERRUPT)
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(unshare).children():
-                child.send_signal(signal.SIGTERM)
 
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: forward, signal.SIGHUP: forward}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+def _tell(unshare: subprocess.Popen[bytes], number: int) -> None:
+    """Signal process 1 of the sandbox; where there is none yet, nothing has begun, and it need not."""
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        children = psutil.Process(unshare.pid).children()
+        if not children:
+            unshare.kill()
+        for child in children:
+            child.send_signal(number)
+    except psutil.NoSuchProcess:
+        return  # it has ended meanwhile, which the next SIGCHLD says
+
+
+def _remove_what_ended_in(sandbox: str) -> None:
+    """Kept targets and runs that ended with the sandbox: their cgroups and folders lie outside of its namespaces."""
+    for owner in books.owners():
+        if owner.sandbox == sandbox and not owner.alive:
+            books.remove_dead(owner)
 
 
 class _Inner:
@@ -96,65 +121,73 @@ class _Inner:
         self._command = command
         self._engine = 0
         self._listener: socket.socket | None = None
+        self._interrupted_s = 0.0
+        self._deadline_s = float("inf")
+
+    def run(self) -> int:
         self._wake, wake = socket.socketpair()
         self._wake.setblocking(False)
         wake.setblocking(False)
-        self._wakes = wake
         signal.set_wakeup_fd(wake.fileno())
-
-    def run(self) -> int:
-        # A handler, not SIG_IGN: an ignored signal would stay ignored in the command.
-        for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
+        for number in _INSIDE:
+            signal.signal(number, lambda *_: None)  # not SIG_IGN, which the command would inherit
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _INSIDE)
+        os.environ.pop(books.MARK)  # it is this process's, with which all others end
         shell.run(["ip", "link", "set", "dev", "lo", "up"])
         self._listen()
         process = shell.spawn(self._command, env=os.environ, stdin=None, stdout=None, stderr=None, new_session=False)
-        signal.signal(signal.SIGTERM, lambda *_: self._terminate(process.pid))
-        status = self._serve_until(process.pid, None)
-        self._end_kept()
-        if self._engine:
-            self._signal(self._engine, signal.SIGTERM)
-            self._serve_until(self._engine, ENGINE_STOP_S)
-        code = os.waitstatus_to_exitcode(status) if status is not None else 1
+        code = self._serve(process.pid)
         return code if code >= 0 else 128 - code
 
     def _listen(self) -> None:
         """The engine's socket. Without dockerd or without root it does not exist, so nobody reaches another engine."""
-        if shutil.which("dockerd") is None or not _is_root():
-            return
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(self._runtime / "docker.sock"))
-        self._listener.listen(64)
+        if machine.find("dockerd") and host_root():
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(self._runtime / "docker.sock"))
+            self._listener.listen(64)
 
-    def _serve_until(self, pid: int, patience_s: float | None) -> int | None:
-        """Start the engine when it is wanted, and reap, until `pid` has ended; its wait status, None if it has not."""
-        end = None if patience_s is None else time.monotonic() + patience_s
+    def _serve(self, command: int) -> int:
+        """Start the engine when it is wanted, pass signals on, and reap, until the command ends; its exit code."""
         while True:
-            while (reaped := self._reap()) is not None:
-                if reaped[0] == pid:
-                    return reaped[1]
-                if reaped[0] == self._engine:
+            for pid, status in self._reap():
+                if pid == command:
+                    return os.waitstatus_to_exitcode(status)
+                if pid == self._engine:
                     self._engine_died()
-            left = None if end is None else max(end - time.monotonic(), 0)
-            if left == 0:
-                return None
+            left_s = self._deadline_s - time.monotonic()
+            if left_s <= 0:
+                return -signal.SIGTERM
             waiting = [self._wake] if self._listener is None else [self._wake, self._listener]
-            ready = select.select(waiting, [], [], left)[0]
+            ready = select.select(waiting, [], [], min(left_s, 3600.0))[0]
             if self._wake in ready:
-                with contextlib.suppress(BlockingIOError):
-                    self._wake.recv(4096)
+                for number in self._wake.recv(4096):
+                    self._received(number, command)
             if self._listener is not None and self._listener in ready:
-                self._start_engine()
+                self._start_engine(self._listener)
+                self._listener = None
 
-    def _reap(self) -> tuple[int, int] | None:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return None
-        return (pid, status) if pid else None
+    def _reap(self) -> list[tuple[int, int]]:
+        ended: list[tuple[int, int]] = []
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return ended
+            if not pid:
+                return ended
+            ended.append((pid, status))
 
-    def _start_engine(self) -> None:
-        assert self._listener is not None
+    def _received(self, number: int, command: int) -> None:
+        now_s = time.monotonic()
+        if number == signal.SIGINT:
+            self._interrupted_s = now_s  # sent to the whole group, so the command has it already
+        elif number == _INTERRUPT and now_s - self._interrupted_s > 1:
+            os.kill(command, signal.SIGINT)
+        elif number in (signal.SIGTERM, signal.SIGHUP):
+            os.kill(command, signal.SIGTERM)
+            self._deadline_s = min(self._deadline_s, now_s + COMMAND_STOP_S)
+
+    def _start_engine(self, listener: socket.socket) -> None:
         arguments: list[str | Path] = [
             "-H", "fd://", "--data-root", self._data / "docker", "--exec-root", self._runtime / "exec",
             "--pidfile", self._runtime / "docker.pid", "--cgroup-parent", f"/{_cgroup(self._owner)}",
@@ -162,13 +195,13 @@ class _Inner:
         ]  # fmt: skip
         # The socket comes in as standard input and has to be descriptor 3; LISTEN_PID has to be the engine's own.
         activate = 'exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; exec dockerd "$@"'
+        environment = os.environ | {"PATH": machine.search_path()}
         with self._log().open("wb") as log:
             process = shell.spawn(
-                ["/bin/sh", "-c", activate, "sh", *arguments], env=os.environ, stdin=self._listener.fileno(), stdout=log
+                ["/bin/sh", "-c", activate, "sh", *arguments], env=environment, stdin=listener.fileno(), stdout=log
             )
         self._engine = process.pid
-        self._listener.close()
-        self._listener = None
+        listener.close()
 
     def _log(self) -> Path:
         return self._data / "dockerd.log"
@@ -179,28 +212,6 @@ class _Inner:
         tail = self._log().read_text(errors="replace").splitlines()[-5:]
         print("isolatency: the sandbox's Docker engine has ended:", *tail, sep="\n  ", file=sys.stderr, flush=True)
 
-    def _terminate(self, pid: int) -> None:
-        """Ask the command to end; process 1 ends, and all with it, when it has not after a while."""
-        self._signal(pid, signal.SIGTERM)
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + signal.SIGTERM))
-        signal.alarm(int(COMMAND_STOP_S))
-
-    def _end_kept(self) -> None:
-        """Targets kept by `up` are taken down in order, so that they leave nothing; then the kernel ends the rest."""
-        for owner in books.owners():
-            if owner.alive and owner.what == "kept" and owner.netns == books.netns():
-                with contextlib.suppress(IsolatencyError):
-                    books.end_owner(owner)
-
-    def _signal(self, pid: int, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def _is_root() -> bool:
-    """Root of the machine: in a user namespace the engine could not do its work."""
-    return Path("/proc/self/uid_map").read_text().split()[:2] == ["0", "0"] and os.geteuid() == 0
-
 
 def _main() -> int:
     owner, runtime, data, *command = sys.argv[1:]
@@ -209,6 +220,9 @@ def _main() -> int:
     except IsolatencyError as error:
         print(f"isolatency: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"isolatency: {error.filename or command[0]}: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

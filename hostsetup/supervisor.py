@@ -1,11 +1,14 @@
 """Targets that are kept running: one detached process holds the context of each, until it is told to end.
 
-`python -m hostsetup.supervisor SPEC.json` is that process. Its ledger entry is how `ps` and `down` find it.
+`python -m hostsetup.supervisor ORDER` is that process, ORDER a JSON object. It says one line of JSON on its standard
+output once the target answers or has failed, and from then on writes to its log only. Its ledger entry is how `ps` and
+`down` find it. A target that fails or dies leaves that entry, with the reason and its logs, until `down` or `clean`.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +24,6 @@ from hostsetup.target import Context, Spec
 from images import shell, store
 from images.errors import IsolatencyError, TargetError, UsageError
 
-START_S = 600.0  # longer than any kind's own bound, which is what normally decides
 CHECK_S = 1.0
 
 
@@ -30,35 +32,36 @@ def start(
 ) -> Owner:
     """Start a target under a supervisor of its own and return its ledger entry (notes: url, label) once it answers.
 
-    Raises UsageError when the name is taken, TargetError with the supervisor's words when it does not come up.
+    Raises UsageError when the name is taken, TargetError with the target's words when it does not come up.
     """
-    if any(owner.name == spec.name for owner in kept()):
-        raise UsageError(f"a target {spec.name!r} is kept already; `isolatency down {spec.name}`, or give NAME=KIND")
-    logs = books.folder() / "kept" / spec.name
-    logs.mkdir(parents=True, exist_ok=True)
     order = {"spec": asdict(spec), "cores": list(cores), "server_args": list(server_args), "internet": internet}
-    order |= {"boot_timeout_s": boot_timeout_s, "logs": str(logs)}
-    file = logs / "order.json"
-    file.write_text(json.dumps(order))
-    log = logs / "supervisor.log"
-    with log.open("wb") as stream:
-        process = shell.spawn([sys.executable, "-m", "hostsetup.supervisor", file], env=os.environ, stdout=stream)
-    end = time.monotonic() + START_S
-    while time.monotonic() < end:
-        for owner in kept():
-            if owner.name == spec.name and "url" in owner.notes:
-                return owner
-        if process.poll() is not None:
-            said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-            raise TargetError(said[-1], detail="\n".join(said[:-1][-20:]))
-        time.sleep(0.02)
-    process.terminate()
-    raise TargetError(f"{spec.name} did not come up within {START_S:g} s; its log is {log}")
+    order |= {"boot_timeout_s": boot_timeout_s}
+    argv = [sys.executable, "-P", "-m", "hostsetup.supervisor", json.dumps(order)]
+    environment = {key: value for key, value in os.environ.items() if key != books.MARK}
+    process = shell.spawn(argv, env=environment, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        said = process.stdout.readline()
+    except BaseException:  # Ctrl-C does not reach a session of its own
+        process.terminate()
+        raise
+    answer = json.loads(said or b'{"error": "ended without a word"}')
+    if "error" in answer:
+        process.wait()
+        failure = UsageError if answer.get("usage") else TargetError
+        raise failure(answer["error"], detail=answer.get("detail", ""))
+    return next(owner for owner in kept() if owner.id == answer["id"])
 
 
 def kept() -> list[Owner]:
     """The targets that are kept running in this network namespace."""
-    return [owner for owner in books.owners() if owner.alive and owner.what == "kept" and owner.netns == books.netns()]
+    return [owner for owner in _here() if owner.alive]
+
+
+def ended() -> list[tuple[Owner, str]]:
+    """Those that were kept in this network namespace and have failed or died, each with the reason."""
+    killed = "its supervisor was killed; `isolatency clean` removes the rest"
+    return [(owner, str(owner.notes.get("ended", killed))) for owner in _here() if not owner.alive]
 
 
 def elsewhere() -> list[Owner]:
@@ -68,26 +71,49 @@ def elsewhere() -> list[Owner]:
 
 def stop(names: Sequence[str]) -> list[str]:
     """End the named targets, or all; returns the names. Raises UsageError for a name that is not kept here."""
-    here = {owner.name: owner for owner in kept()}
+    here = {owner.name: owner for owner in _here()}
     for name in names:
         if name not in here:
             raise UsageError(f"no target {name!r} is kept here; kept are: {', '.join(here) or 'none'}")
-    chosen = list(names) or list(here)
-    for name in chosen:
-        books.end_owner(here[name])
-    return chosen
+    chosen = [here[name] for name in names] or list(here.values())
+    stubborn = [owner.name for owner, gone in zip(chosen, books.end(chosen), strict=True) if not gone]
+    for owner in books.owners():
+        if not owner.alive and owner.id in {one.id for one in chosen}:
+            books.remove_dead(owner)
+    if stubborn:
+        raise IsolatencyError(f"{', '.join(stubborn)} did not end; run `isolatency down` again")
+    return [owner.name for owner in chosen]
+
+
+def _here() -> list[Owner]:
+    return [owner for owner in books.owners() if owner.what == "kept" and owner.netns == books.netns()]
+
+
+def _open(name: str) -> Ledger:
+    """The target's ledger; a dead one of that name makes room. Raises UsageError when a living one has the name."""
+    with books.locked("kept.lock"):
+        for owner in _here():
+            if owner.name == name and owner.alive:
+                raise UsageError(f"a target {name!r} is kept already; `isolatency down {name}`, or give NAME=KIND")
+            if owner.name == name:
+                books.remove_dead(owner)
+        return Ledger.open("kept", name)
 
 
 def _hold(order: dict[str, Any]) -> None:
+    """Keep the target until SIGTERM. Raises IsolatencyError when it does not come up, or when it dies."""
     spec = Spec(**order["spec"])
-    images = None if spec.kind == "url" else store.current()
-    with Ledger.open("kept", spec.name) as ledger:
+    ledger = _open(spec.name)
+    try:
+        logs = books.folder() / f"kept-{ledger.id}"
+        ledger.add("dir", path=str(logs))
+        logs.mkdir()
         context = Context(
             ledger=ledger,
-            images=images,
+            images=None if spec.kind == "url" else store.current(),
             cores=tuple(order["cores"]),
             server_args=tuple(order["server_args"]),
-            logs=Path(order["logs"]),
+            logs=logs,
             boot_timeout_s=order["boot_timeout_s"],
             internet=order["internet"],
         )
@@ -95,11 +121,31 @@ def _hold(order: dict[str, Any]) -> None:
         with target as endpoint:
             ledger.note(
                 url=endpoint.url, label=endpoint.label, kind=endpoint.kind, ready_s=endpoint.ready_s,
-                cpus=spec.cpus, mem_mib=spec.mem_mib,
+                cpus=spec.cpus, mem_mib=spec.mem_mib, logs=str(logs),
             )  # fmt: skip
+            _say({"id": ledger.id})
+            _detach(logs / "supervisor.log")
             while True:
                 time.sleep(CHECK_S)
                 target.check()
+    except TargetError as error:
+        ledger.note(ended=str(error), kind=spec.kind)
+        ledger.abandon()
+        raise
+    except BaseException:
+        ledger.__exit__(None, None, None)
+        raise
+
+
+def _say(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+def _detach(log: Path) -> None:
+    """From here on the output goes to the log, and nobody waits for the end of it."""
+    with log.open("ab") as stream:
+        os.dup2(stream.fileno(), sys.stdout.fileno())
+        os.dup2(stream.fileno(), sys.stderr.fileno())
 
 
 def _main() -> int:
@@ -110,10 +156,11 @@ def _main() -> int:
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        _hold(json.loads(Path(sys.argv[1]).read_text()))
-    except IsolatencyError as error:
-        print(error.detail, str(error), sep="\n", file=sys.stderr)
-        return error.exit_code
+        _hold(json.loads(sys.argv[1]))
+    except (IsolatencyError, OSError) as error:
+        detail = error.detail if isinstance(error, IsolatencyError) else ""
+        _say({"error": str(error), "detail": detail, "usage": isinstance(error, UsageError)})
+        return 1
     return 0
 
 
