@@ -35,7 +35,7 @@ def placed(ledger: Ledger, name: str, cores: Sequence[int], mem_mib: int | None)
     Raises IsolatencyError with the kernel's reason where cgroups cannot be written although we are root.
     """
     listed = ",".join(map(str, cores))
-    if not _writable():
+    if not writable():
         caveat = f"{name}: without cgroups it has CPU affinity only" + (
             ", and its memory is unlimited" if mem_mib else ""
         )
@@ -56,7 +56,7 @@ def version() -> int:
     return 2 if (CGROUPS / "cgroup.controllers").exists() else 1
 
 
-def _writable() -> bool:
+def writable() -> bool:
     """False in a user namespace, where root is not the host's root."""
     wanted = [CGROUPS] if version() == 2 else [CGROUPS / "cpuset", CGROUPS / "memory"]
     return host_root() and all(os.access(path, os.W_OK) for path in wanted)

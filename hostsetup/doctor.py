@@ -1,5 +1,6 @@
 """What this machine can run: each check with what was found and what mends it; each kind with yes, no or not tried."""
 
+import contextlib
 import json
 import os
 import platform
@@ -10,14 +11,19 @@ from pathlib import Path
 
 import psutil
 
-from hostsetup import kvm
+from hostsetup import cgroup, kvm, machine
 from hostsetup.kinds import KINDS
 from hostsetup.ledger import Ledger
+from hostsetup.namespaces import host_root
+from hostsetup.sandbox import inside
 from images import shell, store, vmm
 from images.errors import IsolatencyError
 
 SETUP = "isolatency setup"
 BUILD = "isolatency images build"
+TRY = "isolatency doctor --try"
+SANDBOX = "isolatency sandbox -- …"
+DOCKER = "unix:///var/run/docker.sock"
 TUN = Path("/dev/net/tun")
 DISK_MIB = 3000
 MEMORY_MIB = 4096
@@ -72,15 +78,37 @@ def examine(*, attempt: bool = False) -> Findings:
     if attempt and isinstance(images, store.Images) and kvm.kvm_boots(images) is None:
         with Ledger.open("run", "doctor") as ledger:
             kvm.trial(images, ledger)
-    checks = (_processor(), _python(), _rights(), _tun(), _memory(), _disk(), _cores(), *_programs(), _engine(),
-              _images_check(images), _firecracker(), _kvm(images))  # fmt: skip
+    checks = (
+        _processor(), _python(), _rights(), _tun(), _cgroups(), _memory(), _disk(), _cores(), *_programs(), _engine(),
+        _images_check(images), _firecracker(), _kvm(images),
+    )  # fmt: skip
     return Findings(checks, _kinds({check.name: check for check in checks}))
 
 
 def able_kinds() -> dict[str, Verdict]:
-    """Kind → verdict, for those that a run takes by default, in the order of a run."""
+    """Kind → verdict, for those that a run takes by default, in the order of a run: what can run right here.
+
+    `examine` says what this machine can run, in a sandbox if need be.
+    """
     found = examine().kinds
+    if found["docker"].ok and not inside() and not engine_answers():
+        found["docker"] = Verdict(False, "no Docker engine answers here; a sandbox has its own", SANDBOX)
+    for kind in ("firecracker", "qemu", "uml"):
+        if found[kind].ok is not False and os.geteuid() != 0:
+            found[kind] = Verdict(False, "a tap needs root here; in a sandbox it does not", SANDBOX)
     return {kind: found[kind] for kind in ("process", "docker", "firecracker", "qemu", "uml")}
+
+
+def engine_answers() -> bool:
+    """Whether a Docker engine answers at DOCKER_HOST. In a sandbox that starts its engine, so do not ask there."""
+    import docker  # heavy
+    import requests
+
+    try:
+        with contextlib.closing(docker.DockerClient(os.environ.get("DOCKER_HOST", DOCKER), timeout=5)) as engine:
+            return bool(engine.ping())
+    except (docker.errors.DockerException, requests.RequestException, OSError):
+        return False
 
 
 def _processor() -> Check:
@@ -93,21 +121,43 @@ def _python() -> Check:
 
 
 def _rights() -> Check:
+    """Tried, not guessed: namespaces as a target and a sandbox have them."""
+    who = "root" if host_root() else "root of a user namespace" if os.geteuid() == 0 else "an ordinary user"
+    done = shell.run([*_unshare(), "--mount", "--pid", "--fork", "--mount-proc", "true"], changes=False, check=False)
+    if done.returncode:
+        said = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        fix = "run as root" if os.geteuid() else "run on the machine itself, or in a privileged container"
+        return Check("rights", False, f"{who}, who may not make namespaces ({said})", fix)
     if os.geteuid() == 0:
-        return Check("rights", True, "root")
-    done = shell.run(["unshare", "--user", "--map-root-user", "--net", "true"], changes=False, check=False)
-    if done.returncode == 0:
-        return Check("rights", True, "an ordinary user, with user namespaces: process, uml and qemu, in a sandbox")
-    return Check("rights", False, "an ordinary user, and user namespaces are not allowed", "run as root")
+        return Check("rights", True, who)
+    return Check("rights", True, f"{who}, with user namespaces: process, and uml and qemu in a sandbox")
+
+
+def _unshare() -> list[str]:
+    return ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--net"]
 
 
 def _tun() -> Check:
+    """Tried too: a tap in a network namespace of its own."""
     try:
         os.close(os.open(TUN, os.O_RDWR))
     except OSError as error:
         fix = "modprobe tun" if not TUN.exists() else f"chmod 666 {TUN}"
         return Check("tun", False, f"{TUN}: {error.strerror}", fix)
-    return Check("tun", True, f"{TUN} opens")
+    if machine.find("ip") is None:
+        return Check("tun", None, f"{TUN} opens; a tap was not tried, without the program ip", SETUP)
+    done = shell.run([*_unshare(), "ip", "tuntap", "add", "dev", "tap0", "mode", "tap"], changes=False, check=False)
+    if done.returncode:
+        return Check("tun", False, f"no tap can be made: {done.stderr.strip() or 'no reason given'}", "run as root")
+    return Check("tun", True, f"{TUN} opens, and a tap can be made")
+
+
+def _cgroups() -> Check:
+    found = f"version {cgroup.version()}"
+    if cgroup.writable():
+        return Check("cgroups", True, found)
+    fix = "run on the machine itself" if os.geteuid() == 0 else "run as root"
+    return Check("cgroups", False, f"{found}, not to be written: CPU affinity only, memory unlimited", fix)
 
 
 def _memory() -> Check:
@@ -135,7 +185,7 @@ def _programs() -> list[Check]:
         "ip": "iproute2", "unshare": "util-linux", "mkfs.ext4": "e2fsprogs", "mmdebstrap": "mmdebstrap",
         "qemu-system-x86_64": "qemu-system-x86", "iptables": "iptables",
     }  # fmt: skip
-    found = {name: shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") for name in wanted}
+    found = {name: machine.find(name) for name in wanted}
     return [
         Check(name, path is not None, path or f"not found (Debian package {wanted[name]})", "" if path else SETUP)
         for name, path in found.items()
@@ -143,12 +193,12 @@ def _programs() -> list[Check]:
 
 
 def _engine() -> Check:
-    path = shutil.which("dockerd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    path = machine.find("dockerd")
     if path is None:
         return Check("dockerd", False, "no Docker engine (a client alone is not enough)", SETUP)
-    if os.geteuid() != 0:
-        return Check("dockerd", False, f"{path}, but a sandbox starts it as root only", "run as root")
-    return Check("dockerd", True, path)
+    if not host_root():
+        return Check("dockerd", False, f"{path}, but a sandbox starts it for root only", "run as root")
+    return Check("dockerd", True, f"{path}; a sandbox starts its own")
 
 
 def _images() -> store.Images | IsolatencyError:
@@ -173,13 +223,18 @@ def _firecracker() -> Check:
 
 
 def _kvm(images: store.Images | IsolatencyError) -> Check:
-    if not Path("/dev/kvm").exists():
-        return Check("kvm", False, "no /dev/kvm: guests run emulated, and are marked so")
-    known = None if isinstance(images, IsolatencyError) else kvm.kvm_boots(images)
+    """Not whether guests can run, but whether they run on KVM."""
+    if not kvm.DEVICE.exists():
+        return Check("kvm", False, f"no {kvm.DEVICE}: guests run emulated, and are marked so")
+    if not os.access(kvm.DEVICE, os.R_OK | os.W_OK):
+        return Check("kvm", False, f"{kvm.DEVICE} is not open to you: guests run emulated", "usermod -aG kvm USER")
+    if isinstance(images, IsolatencyError):
+        return Check("kvm", None, f"{kvm.DEVICE} is there, which proves nothing; trying it takes images", BUILD)
+    known = kvm.kvm_boots(images)
     if known is None:
-        return Check("kvm", None, "/dev/kvm is there, which proves nothing", "isolatency doctor --try")
-    said = "a guest boots on it" if known else "/dev/kvm is there, but no guest boots on it: they run emulated, marked"
-    return Check("kvm", known, said)
+        return Check("kvm", None, f"{kvm.DEVICE} is there, which proves nothing", TRY)
+    found = "a guest boots on it" if known else "but no guest boots on it: they run emulated, and are marked so"
+    return Check("kvm", known, f"{kvm.DEVICE} is there, {found}")
 
 
 _NEEDS = {
@@ -206,6 +261,6 @@ def _kind(kind: str, checks: dict[str, Check]) -> Verdict:
     if kind not in ("qemu", "firecracker"):
         return Verdict(True, "a server that is already there" if kind == "url" else "everything is there")
     if boots is None:
-        return Verdict(None, "emulated or with KVM: that is known once it was tried", "isolatency doctor --try")
+        return Verdict(None, "emulated or with KVM: that is known once it was tried", TRY)
     how = "with KVM" if boots else ("emulated (tcg)" if kind == "qemu" else "nested in an emulated host")
     return Verdict(True, how)

@@ -209,7 +209,8 @@ def _sysctl(entry: Entry, owner: str) -> str | None:
     inside = in_netns(entry["netns"])
     if inside is None:
         return None
-    shell.run([*inside, "sysctl", "-q", "-w", f"{entry['name']}={entry['value']}"])
+    file = Path("/proc/sys") / entry["name"].replace(".", "/")
+    shell.run([*inside, "/bin/sh", "-c", 'echo "$1" > "$2"', "sh", entry["value"], file])
     return f"{words(entry)} (is {entry['value']} again)"
 
 
