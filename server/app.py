@@ -18,9 +18,7 @@ from server.models.base import BadInput, Model
 
 VERSION = "1"
 BODY_LIMIT = 16 * 2**20
-INLINE_BODY = (
-    32 * 2**10
-)  # above this, parsing and predicting would keep other requests waiting for a millisecond or more
+INLINE_BODY = 32 * 2**10  # a larger one would keep other requests waiting for a millisecond or more
 KEEP_ALIVE_S = 75.0
 GRACE_S = 2.0
 BACKLOG = 1024
