@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from images.errors import IsolatencyError, UsageError
-from loadtest import _stats
+from loadtest import _samples, _stats
 from loadtest._stats import Interval
 
 SCHEMA = 1
@@ -156,7 +156,7 @@ def _read(run: Path) -> _Folder:
     return _Folder(run, plan, manifest, targets)
 
 
-def _samples(folder: _Folder) -> pd.DataFrame | None:
+def _requests(folder: _Folder) -> pd.DataFrame | None:
     path = folder.path / "samples.parquet"
     if not path.exists():
         return None
@@ -172,12 +172,17 @@ def _samples(folder: _Folder) -> pd.DataFrame | None:
 
 
 def _cells(folder: _Folder, base: str | None, caveats: list[str]) -> list[Cell]:
-    samples = _samples(folder)
+    samples = _requests(folder)
     if samples is None:
         return []
     try:
-        # "null" is a model's name here
-        blocks = pd.read_csv(folder.path / "blocks.csv", keep_default_na=False, na_values={"host_cpu_us": [""]})
+        # "null" is a model's name here, and only an empty field is a missing value.
+        blocks = pd.read_csv(
+            folder.path / "blocks.csv",
+            usecols=list(_samples.BLOCK_COLUMNS),
+            keep_default_na=False,
+            na_values={"host_cpu_us": [""]},
+        )
     except (OSError, ValueError) as error:
         raise IsolatencyError(f"{folder.path / 'blocks.csv'} could not be read: {error}") from error
     cells = []

@@ -36,6 +36,11 @@ def test_each_difference_of_identity_is_named() -> None:
         assert compare(facts("a", SAME), facts("b", SAME | {key: value})).differences == [words]
 
 
+def test_a_digest_that_nobody_knows_is_no_equality() -> None:
+    unknown = SAME | {"tree_sha256": None}
+    assert compare(facts("a", unknown), facts("b", unknown)).differences == ["tree sha256: a has None, b has None"]
+
+
 def test_an_emulated_cpu_may_pick_another_blas_kernel_but_not_another_tree() -> None:
     found = compare(facts("a", SAME), facts("qemu", SAME | {"blas_kernel": "Haswell"}, accel="tcg"))
     assert found.differences == []

@@ -1,0 +1,109 @@
+"""Run folders with known truth, for the tests of what is computed from them."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadtest import _plan, _samples
+from loadtest._batch import COLUMNS
+from loadtest._samples import FIELDS, OK, BlockWriter, ParquetWriter, Where, table
+
+BLOCK_NS = 1_000_000_000
+LATENCY_US = 200.0
+
+
+def target(name: str, *, kind: str = "process", accel: str | None = None, **more: Any) -> dict[str, Any]:
+    emulated = accel in ("tcg", "nested")
+    return {
+        "name": name, "label": f"{name} ({accel})" if emulated else name, "kind": kind, "accel": accel,
+        "emulated": emulated, "cpus": 1, "mem_mib": 512, "cores": [1], "identity": {"tree_sha256": "ab" * 32, "blas_kernel": "Zen"},
+        "ready_s": 0.5, "first_prediction_ms": 1.5, "host_memory_mib": 70.0, "options": {}, "caveats": [],
+        "parity": {"differences": []},
+    } | more  # fmt: skip
+
+
+def make(
+    run: Path,
+    targets: Sequence[dict[str, Any]],
+    *,
+    factors: Mapping[str, float] | None = None,
+    failures: Mapping[str, int] | None = None,
+    per_block: int = 1000,
+    rounds: int = 6,
+    models: Sequence[str] = ("knn",),
+    jobs: Sequence[tuple[str, str, int, float, float, float]] = (),
+    load: bool = True,
+    **manifest: Any,
+) -> Path:
+    """A run folder: each round has one block per target and its mirror; a target's latencies are `factors` times the
+    same draws. The first round is warm-up, ten times slower. `jobs`: (target, job, repeat, seconds, host, accuracy)."""
+    run.mkdir(parents=True, exist_ok=True)
+    plan = _plan.Plan(
+        models=tuple(models), loads=("closed-1",), allow_difference=manifest.pop("allow_difference", False)
+    )
+    _plan.save(plan, run / "plan.toml")
+    facts = {
+        "schema": 1, "partial": False, "caveats": [], "errors": [], "versions": {"isolatency": "0.1.0"},
+        "machine": {"cpu_model": "CPU", "threads": 2, "memory_mib": 4096, "system": "Debian", "kernel": "6.1", "nested": False},
+    }  # fmt: skip
+    (run / "manifest.json").write_text(json.dumps(facts | manifest))
+    (run / "targets.json").write_text(json.dumps(list(targets)))
+    if load:
+        _load(run, targets, factors or {}, failures or {}, per_block, rounds, models)
+    if jobs:
+        with (run / "batch.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(COLUMNS)
+            by_name = {one["name"]: one for one in targets}
+            for name, job, repeat, seconds, host, accuracy in jobs:
+                one = by_name[name]
+                rows.writerow(
+                    [
+                        name,
+                        one["label"],
+                        one["emulated"],
+                        job,
+                        repeat,
+                        0,
+                        569,
+                        1,
+                        "569 rows",
+                        seconds,
+                        host,
+                        accuracy,
+                        "{}",
+                    ]
+                )
+    return run
+
+
+def _load(
+    run: Path, targets: Sequence[dict[str, Any]], factors: Mapping[str, float], failures: Mapping[str, int], per_block: int,
+    rounds: int, models: Sequence[str],
+) -> None:  # fmt: skip
+    samples, blocks = ParquetWriter(run / "samples.parquet"), BlockWriter(run / "blocks.csv")
+    chance = np.random.default_rng(1)
+    at, block = 1_000_000_000, 0
+    for model in models:
+        for round_ in range(rounds):
+            draws = LATENCY_US * np.exp(0.2 * chance.standard_normal(per_block))
+            for one in [*targets, *reversed(targets)]:
+                warm = round_ == 0
+                us = draws * factors.get(one["name"], 1.0) * (10 if warm else 1)
+                raw = np.zeros((per_block, FIELDS), dtype=np.int64)
+                raw[:, _samples.SENT] = at + np.arange(per_block)
+                raw[:, _samples.FIRST] = raw[:, _samples.ENDED] = raw[:, _samples.SENT] + (us * 1e3).astype(np.int64)
+                raw[:, _samples.STATUS] = 200
+                raw[:, _samples.OUTCOME] = OK
+                if not warm:
+                    raw[: failures.get(one["name"], 0), _samples.OUTCOME] = _samples.TIMEOUT
+                where = Where(one["name"], model, "closed-1", round=round_, block=block, warmup=warm)
+                samples.add(table(raw, where))
+                blocks.add(where, at, at + BLOCK_NS, at + BLOCK_NS, per_block * 100, per_block * 20)
+                at, block = at + BLOCK_NS, block + 1
+    samples.close()
+    blocks.close()
