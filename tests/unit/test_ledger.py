@@ -13,6 +13,7 @@ import pytest
 
 from hostsetup import ledger as books
 from hostsetup.ledger import Ledger
+from hostsetup.namespaces import SANDBOX
 from images.errors import IsolatencyError
 
 
@@ -130,6 +131,195 @@ def test_a_torn_last_line_is_a_resource_that_was_not_made(victim: tuple[subproce
         torn.write('{"add": 3, "kind": "dir", "pa')
     removed, _ = books.clean()
     assert len(removed) == 2 and not made.exists()
+
+
+def test_a_write_that_fails_leaves_no_half_line(tmp_path: Path) -> None:
+    """The disk is full (here: the file may not grow) in the middle of a line; the next line is read all the same."""
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from hostsetup import ledger as books
+books.folder = lambda: Path(sys.argv[1])
+ledger = books.Ledger.open("test", "full")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+size = ledger.path.stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, resource.RLIM_INFINITY))
+try:
+    ledger.add("dir", path=f"/nowhere/{ledger.id}-a")
+except OSError as error:
+    print("refused", error.errno)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+ledger.add("dir", path=f"/nowhere/{ledger.id}-b")
+ledger.abandon()
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("refused"), done.stderr
+    (owner,) = books.owners()
+    assert [entry["path"] for entry in owner.entries.values()] == [f"/nowhere/{owner.id}-b"]
+
+
+def test_a_new_owner_is_never_taken_for_a_dead_one(tmp_path: Path) -> None:
+    """A clean that comes between the making of a file and its lock must not lose the file."""
+    cleaner = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from hostsetup import ledger as books\n"
+            "books.folder = lambda: Path(sys.argv[1])\n"
+            "print('on', flush=True)\nwhile True: books.clean()",
+            str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert cleaner.stdout is not None and cleaner.stdout.readline() == b"on\n"
+        for _ in range(300):
+            with Ledger.open("test", "new") as ledger:
+                assert ledger.path.exists()
+        assert cleaner.poll() is None
+    finally:
+        cleaner.kill()
+        cleaner.wait()
+
+
+def test_two_cleans_at_once_share_the_work(tmp_path: Path, victim: tuple[subprocess.Popen[str], int, Path]) -> None:
+    process, _, made = victim
+    process.kill()
+    process.wait()
+    script = (
+        "import sys; from pathlib import Path; from hostsetup import ledger as books\n"
+        "books.folder = lambda: Path(sys.argv[1])\nremoved, left = books.clean()\nprint(len(removed), len(left))"
+    )
+    argv = [sys.executable, "-c", script, str(tmp_path)]
+    cleans = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = sorted(clean.communicate(timeout=60)[0].strip() for clean in cleans)
+    assert said == ["0 0", "0 0", "2 0"]
+    assert not made.exists()
+
+
+def test_what_cannot_be_removed_is_named_and_kept_and_the_rest_removed(tmp_path: Path) -> None:
+    ledger = Ledger.open("test", "t")
+    made = tmp_path / f"x-{ledger.id}"
+    ledger.add("dir", path=str(made))
+    made.mkdir()
+    ledger.add("dir", path=str(tmp_path / "precious"))
+    (tmp_path / "precious").mkdir()
+    with ledger.path.open("a") as file:
+        file.write('{"add": 99, "kind": "portal", "name": "of a later version"}\n')
+    ledger.abandon()
+    for _ in range(2):
+        with pytest.raises(IsolatencyError, match="2 could not be removed") as caught:
+            books.clean()
+        assert "precious" in caught.value.detail and "portal of a later version" in caught.value.detail
+    assert not made.exists() and (tmp_path / "precious").exists()
+
+
+def test_a_mark_is_found_whatever_forks_meanwhile(tmp_path: Path) -> None:
+    """A process that makes another one at every moment must not get away."""
+    with Ledger.open("test", "t") as ledger:
+        number, mark = ledger.mark("hydra")
+        script = "sh -c 'for i in $(seq 900); do (exec sleep 0.01) & wait $!; (exec sleep 20) & done' & wait"
+        process = subprocess.Popen(["sh", "-c", script], env={"PATH": os.environ["PATH"], **mark})
+        time.sleep(0.5)
+        ledger.remove(number)
+        time.sleep(0.2)
+        assert books.processes(mark[books.MARK]) == []
+        process.wait(timeout=10)
+
+
+def test_processes_in_another_pid_namespace_are_found() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a PID namespace is made as root here; run the tests as root")
+    with Ledger.open("test", "t") as ledger:
+        number, mark = ledger.mark("inside")
+        argv = ["unshare", "--pid", "--fork", "--mount-proc", "sleep", "300"]
+        process = subprocess.Popen(argv, env={"PATH": os.environ["PATH"], **mark})
+        end = time.monotonic() + 20
+        while len(books.processes(mark[books.MARK])) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        ledger.remove(number)
+        assert process.wait(timeout=10) is not None
+        assert books.processes(mark[books.MARK]) == []
+
+
+def test_ending_an_owner_spares_who_merely_reads_its_file(victim: tuple[subprocess.Popen[str], int, Path]) -> None:
+    process, _, _ = victim
+    (owner,) = books.owners()
+    reader = subprocess.Popen(["sleep", "300"], stdin=owner.path.open())
+    try:
+        books.end_owner(owner)
+        assert process.wait(timeout=10) is not None
+        assert reader.poll() is None
+    finally:
+        reader.kill()
+        reader.wait()
+
+
+def test_inside_a_sandbox_what_lives_outside_is_left_alone(
+    victim: tuple[subprocess.Popen[str], int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From inside its processes cannot be seen, so they would be taken for gone."""
+    process, child, made = victim
+    process.kill()
+    process.wait()
+    with monkeypatch.context() as inside:
+        inside.setenv(SANDBOX, "0123abcd")
+        removed, left = books.clean(everything=True)
+        assert removed == [] and "not of this sandbox" in left[0]
+    assert made.exists() and Path(f"/proc/{child}").exists()
+    assert len(books.clean()[0]) == 2
+
+
+def test_our_folders_from_before_the_machine_started_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger is in memory and does not outlive the machine's start; what lies in the cache does."""
+    monkeypatch.setenv("ISOLATENCY_CACHE", str(tmp_path / "cache"))
+    for name in ("sandbox-0123abcd/docker", "isolatency-0123abcd-uml-root", "sandbox-notes", "builds"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+    assert books.clean() == ([], [])
+    monkeypatch.setattr(books.psutil, "boot_time", lambda: time.time() + 60)
+    removed, _ = books.clean()
+    assert len(removed) == 2
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["builds", "sandbox-notes"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts; run the tests as root")
+def test_a_folder_is_unmounted_before_it_is_removed(tmp_path: Path) -> None:
+    """What is mounted below it must not be deleted with it."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    script = """
+import subprocess, sys
+from pathlib import Path
+from hostsetup import ledger as books
+place = Path(sys.argv[1])
+books.folder = lambda: place
+with books.Ledger.open("test", "t") as ledger:
+    made = place / f"x y-{ledger.id}"
+    ledger.add("dir", path=str(made))
+    (made / "mnt").mkdir(parents=True)
+    subprocess.run(["mount", "--bind", place / "precious", made / "mnt"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", made / "mnt"], check=True)
+print(made.exists(), (place / "precious/file").read_text())
+"""
+    argv = ["unshare", "--mount", sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False kept\n", done.stderr
+
+
+def test_the_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("gives a folder to another user; run the tests as root")
+    monkeypatch.undo()
+    monkeypatch.setattr(books, "host_root", lambda: False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "isolatency").mkdir()
+    os.chown(tmp_path / "isolatency", 12345, 12345)
+    with pytest.raises(IsolatencyError, match="belongs to another user"):
+        books.folder()
 
 
 def test_a_folder_without_the_owners_id_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,12 @@ def names():
 """
 
 
+OUTSIDE = (
+    "ip link set lo up && ip link add d0 type veth peer name d1 && ip addr add 10.9.9.9/24 dev d0 "
+    "&& ip link set d0 up && ip link set d1 up && ip route add default via 10.9.9.1"
+)
+
+
 def in_namespace(script: str, before: str = "ip link set lo up") -> str:
     """Run Python in a new network namespace (with mounts of its own, for ip netns); its output."""
     command = f'{before} && exec {sys.executable} -c "$0"'
@@ -81,6 +87,81 @@ except IsolatencyError as error:
         before,
     )
     assert words in said and "made" not in said
+
+
+def test_a_vpns_halves_of_the_address_space_are_a_default_route() -> None:
+    said = in_namespace(
+        """
+with Ledger.open("test", "n") as ledger, network.guest_slot(ledger) as slot:
+    print("made", slot.tap)
+""",
+        f"{OUTSIDE} && ip route add 0.0.0.0/1 via 10.9.9.1 && ip route add 128.0.0.0/1 via 10.9.9.1",
+    )
+    assert said == "made tap0\n"
+
+
+VICTIM = """
+import os, sys
+from pathlib import Path
+from hostsetup import ledger as books, network
+books.folder = lambda: Path(sys.argv[1])
+slot = network.guest_slot(books.Ledger.open("run", "victim"))
+slot.__enter__()
+print("made", flush=True)
+os.execvp("sleep", ["sleep", "300"])
+"""
+
+
+def test_a_dead_owners_tap_is_removed_from_its_own_namespace_only(tmp_path: Path) -> None:
+    """A namespace's inode number is soon that of the next one, so a tap of that name there may be somebody else's."""
+    said = in_namespace(
+        f"""
+import subprocess
+from pathlib import Path
+from hostsetup import ledger as books
+books.folder = lambda: Path({str(tmp_path)!r})
+def taps(*inside):
+    links = json.loads(shell.run([*inside, "ip", "-json", "link"], changes=False).stdout)
+    return [link["ifname"] for link in links if link["ifname"].startswith("tap")]
+def victim():
+    argv = ["unshare", "--net", sys.executable, "-c", {VICTIM!r}, {str(tmp_path)!r}]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline()
+    return process
+gone = victim()
+gone.kill()
+gone.wait()
+lives = victim()  # its owner is dead since it became `sleep`, but its namespace is there, with its tap
+there = ["nsenter", f"--net=/proc/{{lives.pid}}/ns/net"]
+with Ledger.open("run", "ours") as ledger, network.guest_slot(ledger) as slot:
+    print(slot.tap, taps(), taps(*there))
+    removed, left = books.clean()
+    print(removed, len(left), taps(), taps(*there))
+lives.kill()
+"""
+    )
+    assert said.splitlines() == ["tap0 ['tap0'] ['tap0']", "['tap tap0'] 1 ['tap0'] []"]
+
+
+def test_forwarding_stays_on_until_the_last_guest_that_needs_it_has_gone() -> None:
+    said = in_namespace(
+        """
+forward = lambda: network.FORWARD.read_text().strip()
+with Ledger.open("test", "one") as one, Ledger.open("test", "two") as two:
+    with network.guest_slot(one) as first, network.guest_slot(one) as second, network.guest_slot(two) as third:
+        nets = [network.internet(one, first), network.internet(one, second), network.internet(two, third)]
+        seen = [forward()]
+        for net in nets:
+            net.__enter__()
+            seen.append(forward())
+        for net in nets:
+            net.__exit__(None, None, None)
+            seen.append(forward())
+print("".join(seen), shell.run(["iptables-save"], changes=False).stdout.count("isolatency-"))
+""",
+        f"{OUTSIDE} && echo 0 > /proc/sys/net/ipv4/ip_forward",
+    )
+    assert said == "0111110 0\n"
 
 
 def test_internet_reaches_the_outside_and_is_undone(tmp_path: Path) -> None:
