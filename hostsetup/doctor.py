@@ -123,9 +123,7 @@ def _python() -> Check:
 def _rights() -> Check:
     """Tried, not guessed: namespaces as a target and a sandbox have them."""
     who = "root" if host_root() else "root of a user namespace" if os.geteuid() == 0 else "an ordinary user"
-    done = shell.run([*_unshare(), "--mount", "--pid", "--fork", "--mount-proc", "true"], changes=False, check=False)
-    if done.returncode:
-        said = (done.stderr.strip() or "no reason given").splitlines()[-1]
+    if said := _fails([*_unshare(), "--mount", "--pid", "--fork", "--mount-proc", "true"]):
         fix = "run as root" if os.geteuid() else "run on the machine itself, or in a privileged container"
         return Check("rights", False, f"{who}, who may not make namespaces ({said})", fix)
     if os.geteuid() == 0:
@@ -144,12 +142,18 @@ def _tun() -> Check:
     except OSError as error:
         fix = "modprobe tun" if not TUN.exists() else f"chmod 666 {TUN}"
         return Check("tun", False, f"{TUN}: {error.strerror}", fix)
-    if machine.find("ip") is None:
-        return Check("tun", None, f"{TUN} opens; a tap was not tried, without the program ip", SETUP)
-    done = shell.run([*_unshare(), "ip", "tuntap", "add", "dev", "tap0", "mode", "tap"], changes=False, check=False)
-    if done.returncode:
-        return Check("tun", False, f"no tap can be made: {done.stderr.strip() or 'no reason given'}", "run as root")
+    if said := _fails([*_unshare(), "ip", "tuntap", "add", "dev", "tap0", "mode", "tap"]):
+        return Check("tun", False, f"{TUN} opens, but no tap can be made ({said})", "run as root")
     return Check("tun", True, f"{TUN} opens, and a tap can be made")
+
+
+def _fails(argv: list[str]) -> str:
+    """Why a command fails, in its own last words; empty where it does not."""
+    try:
+        shell.run(argv, changes=False, env=os.environ | {"PATH": machine.search_path()})
+    except IsolatencyError as error:
+        return str(error)
+    return ""
 
 
 def _cgroups() -> Check:
@@ -167,7 +171,7 @@ def _memory() -> Check:
 
 def _disk() -> Check:
     place = store.cache_dir()
-    while not place.exists():
+    while not os.path.exists(place):  # noqa: PTH110 (Path.exists raises where a folder above is closed to us)
         place = place.parent
     free = shutil.disk_usage(place).free // 2**20
     fix = "" if free >= DISK_MIB else "export ISOLATENCY_CACHE=… (a folder with more room)"
@@ -206,6 +210,8 @@ def _images() -> store.Images | IsolatencyError:
         return store.current()
     except IsolatencyError as error:
         return error
+    except OSError as error:
+        return IsolatencyError(f"{error.filename}: {error.strerror}")
 
 
 def _images_check(images: store.Images | IsolatencyError) -> Check:
