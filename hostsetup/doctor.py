@@ -225,6 +225,8 @@ def _firecracker() -> Check:
         path, version, _ = vmm.find_firecracker(None)
     except IsolatencyError as error:
         return Check("firecracker", False, str(error), SETUP)
+    except OSError as error:
+        return Check("firecracker", False, f"{error.filename}: {error.strerror}", SETUP)
     return Check("firecracker", True, f"{path} ({version})")
 
 
