@@ -168,7 +168,7 @@ def _requests(folder: _Folder) -> pd.DataFrame | None:
             f"{path} could not be read: {error}; the rest of the folder may still be of use"
         ) from error
     frame["us"] = np.where(frame["outcome"] == "ok", (frame["received_ns"] - frame["sent_ns"]) / 1e3, np.inf)
-    return frame.drop(columns=["sent_ns", "received_ns"])
+    return frame.drop(columns=["sent_ns"])
 
 
 def _cells(folder: _Folder, base: str | None, caveats: list[str]) -> list[Cell]:
@@ -213,6 +213,7 @@ def _cell(
     us = kept["us"].to_numpy()
     good = us[np.isfinite(us)]
     seconds = float((blocks["end_ns"] - blocks["start_ns"]).sum()) / 1e9
+    in_time = _in_time(kept, blocks)
     values, needed = _quantiles(us)
     failed = kept["outcome"][kept["outcome"] != "ok"]
     by_kind = {str(kind): int(n) for kind, n in failed.value_counts().items() if n}
@@ -223,12 +224,18 @@ def _cell(
         target=target["name"], label=target["label"], emulated=target["emulated"], model=model, load=load,
         requests=len(us), failures=len(failed), failures_by_kind=by_kind,
         warmup_requests=len(ours) - len(kept), seconds=round(seconds, 3), blocks=len(blocks),
-        throughput_rps=len(good) / seconds if seconds else 0.0,
+        throughput_rps=int(in_time.sum()) / seconds if seconds else 0.0,
         mean_us=float(good.mean()) if len(good) else None, **values, samples_needed=needed,
         max_us=float(good.max()) if len(good) else None,
         host_cpu_us_per_request=_per_request(blocks["host_cpu_us"], len(us)),
         client_cpu_us_per_request=_per_request(blocks["client_cpu_us"], len(us)), ratio=ratio,
     )  # fmt: skip
+
+
+def _in_time(requests: pd.DataFrame, blocks: pd.DataFrame) -> "pd.Series[bool]":
+    """Which requests were answered before their block's end: what comes in the drain is nobody's throughput."""
+    ends = requests["block"].map(blocks.set_index("block")["end_ns"])
+    return (requests["outcome"] == "ok") & (requests["received_ns"] <= ends)
 
 
 def _quantiles(us: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[dict[str, float | None], dict[str, int]]:
@@ -251,12 +258,13 @@ def _rounds(ours: pd.DataFrame, blocks: pd.DataFrame) -> pd.DataFrame:
     """Per round, the mean over the target's blocks of the log of p50, p99 and throughput of each block."""
     rows = []
     kept = ours[~ours["warmup"]]
+    in_time = _in_time(kept, blocks).groupby(kept["block"]).sum()
     us_of = {block: group.to_numpy() for block, group in kept.groupby("block")["us"]}
     for block in blocks[["block", "round", "start_ns", "end_ns"]].to_dict("records"):
         us = us_of.get(block["block"])
         if us is None:
             continue
-        good = int(np.isfinite(us).sum())
+        good = int(in_time[block["block"]])
         row: dict[str, Any] = {"round": block["round"], "p50": np.nan, "p99": np.nan, "throughput": np.nan}
         for name, q in (("p50", 0.5), ("p99", 0.99)):
             if len(us) >= _stats.MIN_BLOCK[q] and math.isfinite(value := _stats.quantiles(us, [q])[0]):

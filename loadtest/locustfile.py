@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,8 +246,6 @@ class Run(Mode):
         given = self.options
         if not (given.plan and given.endpoints and given.out and given.headless):
             raise UsageError("run mode wants --headless, --plan FILE, --endpoints FILE and --out DIR together")
-        if given.processes or given.master or given.worker:
-            raise UsageError("run mode takes one Locust process; leave --processes, --master and --worker out")
         plan, targets = _session.read(Path(given.plan), Path(given.endpoints))
         data = Path(given.data) if given.data else _rows.DATA
         self._session = _session.Session(plan, targets, Path(given.out), data, environment.stats)
@@ -306,6 +305,15 @@ def on_quit(**_: Any) -> None:
         print(line, file=sys.stderr)
 
 
+def refuse_many_processes(words: Sequence[str]) -> None:
+    """A run is one process. Said while this file is imported: after that Locust forks, and waits for its children."""
+    several = ("--processes", "--master", "--worker")
+    if any(word.startswith("--plan") for word in words) and any(word.startswith(several) for word in words):
+        print("error: run mode takes one Locust process; leave --processes, --master and --worker out", file=sys.stderr)
+        sys.exit(2)
+
+
+refuse_many_processes(sys.argv[1:])
 hooks: Any = events  # Locust's are not typed
 hooks.init_command_line_parser.add_listener(add_options)
 hooks.init.add_listener(on_init)

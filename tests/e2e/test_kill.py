@@ -34,6 +34,13 @@ def names():
             found[int(path.parts[2])] = text[:80]
     return found
 
+def of_others():
+    # What live owners elsewhere on the machine (other tests, kept targets) have made, by their ids.
+    return [path.stem for path in Path("/run/isolatency").glob("*.jsonl")]
+
+def ours(paths):
+    return sorted(str(path) for path in paths if not any(owner in path.name for owner in of_others()))
+
 def host():
     return {
         "links": sorted(line.split()[1] for line in words("ip", "-o", "link").splitlines() if "docker0" not in line and "veth" not in line),
@@ -41,8 +48,8 @@ def host():
         "containers": words("docker", "ps", "-aq").split() if engine else [],
         "rules": [line for line in words("iptables-save").splitlines() if "isolatency-" in line],
         "netns": words("ip", "netns").split(),
-        "folders": sorted(str(p) for d in ("/run/isolatency", "/dev/shm", "/tmp") for p in Path(d).glob("isolatency-*")),
-        "cgroups": sorted(str(p) for p in Path("/sys/fs/cgroup").glob("*/isolatency-*") if "-engine" not in p.name),
+        "folders": ours(p for d in ("/run/isolatency", "/dev/shm") for p in Path(d).glob("isolatency-*")),
+        "cgroups": ours(p for p in Path("/sys/fs/cgroup").glob("*/isolatency-*") if "-engine" not in p.name),
     }
 
 engine = subprocess.run(["docker", "version"], capture_output=True).returncode == 0
