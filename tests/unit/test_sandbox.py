@@ -1,10 +1,15 @@
 """The sandbox: its own network, its own processes, and an end to all of it."""
 
+import json
 import os
+import pty
+import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,3 +107,146 @@ def test_sigterm_ends_it(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.terminate()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
+
+
+TRAPS = """
+trap "echo int" INT
+trap "echo term; exit 4" TERM
+echo ready
+for i in 1 2 3 4 5 6 7 8; do sleep 0.5; done
+exit 5
+"""
+
+
+@pytest.mark.parametrize(
+    ("send", "said", "code"),
+    [
+        (lambda process: process.send_signal(signal.SIGINT), "int", 5),
+        (lambda process: os.killpg(process.pid, signal.SIGINT), "int", 5),
+        (lambda process: process.send_signal(signal.SIGTERM), "term", 4),
+        (lambda process: process.send_signal(signal.SIGHUP), "term", 4),
+    ],
+    ids=["SIGINT", "SIGINT to the group", "SIGTERM", "SIGHUP"],
+)
+def test_a_signal_reaches_the_command_once(send: Callable[[subprocess.Popen[str]], None], said: str, code: int) -> None:
+    argv = [ISOLATENCY, "sandbox", "--", "sh", "-c", TRAPS]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    send(process)
+    out, _ = process.communicate(timeout=120)
+    assert out.split() == [said]
+    assert process.returncode == code
+
+
+def test_no_moment_is_too_early_for_a_sigterm() -> None:
+    """Process 1 of a PID namespace loses signals that come before it handles them, unless they wait."""
+    for delay_s in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
+        process = subprocess.Popen([ISOLATENCY, "sandbox", "--", "sleep", "98765"])
+        time.sleep(delay_s)
+        process.terminate()
+        assert process.wait(timeout=60) in (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGKILL)
+        assert subprocess.run(["pgrep", "-f", "sleep 98765"], capture_output=True).stdout == b""
+    subprocess.run([ISOLATENCY, "clean"], check=True, capture_output=True)
+
+
+def test_the_commands_signals_are_as_they_were() -> None:
+    """Nothing that the sandbox blocks or ignores for itself is inherited."""
+    look = ["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"]
+    assert sandbox(*look).stdout == subprocess.run(look, capture_output=True, text=True).stdout
+
+
+def test_a_terminals_ctrl_c_reaches_the_command() -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(ISOLATENCY, [ISOLATENCY, "sandbox", "--", "sh", "-c", TRAPS])
+    seen = b""
+    sent = False
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        try:
+            if select.select([terminal], [], [], 0.1)[0]:
+                seen += os.read(terminal, 4096)
+        except OSError:
+            break  # the last one who had the terminal open has gone
+        if b"ready" in seen and not sent:
+            os.write(terminal, b"\x03")
+            sent = True
+    assert seen.count(b"int") == 1
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+
+
+def test_what_ended_in_it_is_removed_with_it(tmp_path: Path) -> None:
+    """A target that is kept in it, and an owner that was killed in it: their folders lie outside of its namespaces."""
+    made = tmp_path / "made"
+    script = f"""
+import os, signal
+from pathlib import Path
+from hostsetup.ledger import Ledger
+ledger = Ledger.open("run", "victim")
+path = Path({str(tmp_path)!r}) / f"x-{{ledger.id}}"
+ledger.add("dir", path=str(path))
+path.mkdir()
+Path({str(made)!r}).write_text(str(path))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert sandbox(sys.executable, "-c", script).returncode == 128 + signal.SIGKILL
+    path = Path(made.read_text())
+    assert path.parent == tmp_path and not path.exists()
+    assert not [owner for owner in books.owners() if owner.name == "victim"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user; run the tests as root")
+def test_without_root_it_is_a_user_namespace_with_its_own_ledger(tmp_path: Path) -> None:
+    nobody = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
+    home = Path("/tmp") / f"isolatency-test-{os.getpid()}"  # tmp_path is closed to others
+    home.mkdir()
+    os.chown(home, 12345, 12345)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "XDG_RUNTIME_DIR": str(home)}
+    try:
+        for need in (["unshare", "--user", "--map-root-user", "true"], [sys.executable, "-c", "import hostsetup"]):
+            if subprocess.run([*nobody, *need], capture_output=True, env=environment).returncode:
+                pytest.skip(f"another user may not do this here: {' '.join(need)}")
+        script = (
+            "import json, os; from hostsetup import ledger as l\n"
+            "print(json.dumps([os.geteuid(), str(l.folder()), [o.what for o in l.owners()], sorted(os.listdir('/sys/class/net'))]))"
+        )
+        done = subprocess.run(
+            [*nobody, ISOLATENCY, "sandbox", "--", sys.executable, "-c", f"import subprocess; {script}"],
+            capture_output=True, text=True, env=environment, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        uid, place, owners, _ = json.loads(done.stdout)
+        assert (uid, place, owners) == (0, f"{home}/isolatency", ["sandbox"])
+        assert list((home / "isolatency").glob("sandbox-*")) == [] == list((home / "isolatency").glob("*.jsonl"))
+    finally:
+        shutil.rmtree(home)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the engine needs root; run the tests as root")
+def test_an_engine_that_ends_says_why() -> None:
+    script = """
+import docker, os, signal, time
+from pathlib import Path
+engine = docker.from_env()
+engine.ping()
+for path in Path("/proc").glob("[0-9]*/comm"):
+    if path.read_text().strip() == "dockerd":
+        os.kill(int(path.parts[2]), signal.SIGKILL)
+        break
+time.sleep(1)
+try:
+    docker.from_env().ping()
+except docker.errors.DockerException:
+    print("refused")
+"""
+    done = sandbox(sys.executable, "-c", script)
+    assert done.stdout == "refused\n", done.stderr
+    assert "the sandbox's Docker engine has ended" in done.stderr
+
+
+def test_a_file_of_the_users_folder_is_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "psutil.py").write_text("raise SystemExit('imported from the current folder')")
+    done = subprocess.run(
+        [ISOLATENCY, "sandbox", "--", "pwd"], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}\n"), done.stderr
