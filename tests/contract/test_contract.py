@@ -193,3 +193,20 @@ def _is_marked(pid: int, ledger: Ledger) -> bool:
         return f"{books.MARK}={ledger.id}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return False
+
+
+def test_a_root_of_five_gib_is_sparse_and_goes_with_its_guest(new: Maker) -> None:
+    target = new("uml", rootfs_mib=5120)
+    with target as endpoint:
+        file = target.rootfs  # type: ignore[attr-defined]
+        assert endpoint.identity is not None and endpoint.identity["tree_sha256"] == store.current().tree_sha256
+        assert file.stat().st_size == 5 * 2**30
+        assert file.stat().st_blocks * 512 < 400 * 2**20
+    assert not file.exists()
+
+
+def test_two_guests_at_once_have_each_their_own_tap(new: Maker) -> None:
+    with new("uml") as first, new("uml") as second:
+        assert (first.url, second.url) == ("http://172.16.0.2:8080", "http://172.16.1.2:8080")
+        for endpoint in (first, second):
+            assert get(endpoint.url, "/v2/health/ready", timeout_s=TIMEOUT_S)[0] == 200
