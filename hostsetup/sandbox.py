@@ -46,7 +46,7 @@ def run(command: Sequence[str]) -> int:
     # Blocked here, they stay so in what is started, until process 1 can handle them: it would lose them before.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INSIDE)
     try:
-        with Ledger.open("sandbox", shlex.join(command)[:80]) as ledger:
+        with Ledger.open("sandbox", " ".join(shlex.join(command).split())[:60]) as ledger:
             runtime = _folder(ledger, books.folder())  # sockets: their paths must stay below 108 bytes
             data = _folder(ledger, store.cache_dir())
             ledger.add("cgroup", name=_cgroup(ledger.id))
