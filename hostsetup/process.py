@@ -5,11 +5,11 @@ import signal
 import socket
 import subprocess
 from contextlib import suppress
-from pathlib import Path
 
 from hostsetup.cgroup import placed
 from hostsetup.ledger import folder
 from hostsetup.lifecycle import Lifecycle, bare_environment, in_words, private_folder, tree_of
+from hostsetup.namespaces import host_root
 from images import shell, store
 
 STOP_S = 5.0
@@ -47,6 +47,8 @@ class Process(Lifecycle):
         port = int(spec.options.get("port", 0)) or _free_port()
         place = self._stack.enter_context(placed(ledger, spec.name, self.context.cores[-spec.cpus :], spec.mem_mib))
         self.caveats += place.caveats
+        if not host_root():
+            self.caveats.append(f"{spec.name}: its server runs as the namespace's only user, not as user 1000")
         argv = place.argv(
             [*_unshare(), "/bin/sh", "-c", _ENTER, "sh", self.images.tree, root, *self._server(root, port)]
         )
@@ -60,7 +62,7 @@ class Process(Lifecycle):
         return f"http://{HOST}:{port}"
 
     def _server(self, root: object, port: int) -> list[str]:
-        user = ["--userspec=1000:1000", "--groups="] if os.geteuid() == 0 and _host_root() else []
+        user = ["--userspec=1000:1000", "--groups="] if host_root() else []
         environment = [f"{key}={value}" for key, value in store.server_env().items()]
         enter = ["env", "-i", *environment, "/usr/sbin/chroot", *user, str(root)]
         # The tree's own shell, for the working directory: a chroot begins at its root.
@@ -89,11 +91,6 @@ class Process(Lifecycle):
 def _unshare() -> list[str]:
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     return ["unshare", *user, "--mount", "--pid", "--fork", "--kill-child=KILL", "--"]
-
-
-def _host_root() -> bool:
-    """Only the host's root has a user 1000 to become; in a user namespace of one user there is none."""
-    return Path("/proc/self/uid_map").read_text().split()[:2] == ["0", "0"]
 
 
 def _free_port() -> int:
