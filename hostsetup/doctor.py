@@ -267,7 +267,8 @@ def _kind(kind: str, checks: dict[str, Check]) -> Verdict:
     if lacking:
         return Verdict(False, "; ".join(f"{check.name}: {check.found}" for check in lacking), lacking[0].fix)
     if kind not in ("qemu", "firecracker"):
-        return Verdict(True, "a server that is already there" if kind == "url" else "everything is there")
+        why = {"url": "a server that is already there", "docker": "everything is there; a sandbox starts the engine"}
+        return Verdict(True, why.get(kind, "everything is there"))
     if boots is None:
         return Verdict(None, "emulated or with KVM: that is known once it was tried", TRY)
     how = "with KVM" if boots else ("emulated (tcg)" if kind == "qemu" else "nested in an emulated host")
