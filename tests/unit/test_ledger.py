@@ -99,6 +99,7 @@ def victim(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
     yield process, int(pid), Path(made)
     process.kill()
     process.wait()
+    books.clean()
 
 
 def test_after_a_kill_clean_removes_everything_and_twice_is_fine(
