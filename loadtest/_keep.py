@@ -77,6 +77,8 @@ def table(console: Console) -> None:
             notes.get("label", owner.name), notes.get("kind", "starting"), str(notes.get("cpus", "")),
             str(notes.get("mem_mib", "")), notes.get("url", ""),
         )  # fmt: skip
+    for owner, reason in supervisor.ended():
+        shown.add_row(owner.name, "ended", "", "", reason)
     console.print(shown)
     others = supervisor.elsewhere()
     if others:

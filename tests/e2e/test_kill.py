@@ -56,6 +56,7 @@ engine = subprocess.run(["docker", "version"], capture_output=True).returncode =
 before, pids = host(), set(names())
 run = subprocess.Popen([isolatency, "run", "--quick", "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 time.sleep(moment)
+alive = run.poll() is None
 run.kill()
 run.wait()
 started = time.monotonic()
@@ -63,7 +64,7 @@ first = subprocess.run([isolatency, "clean"], capture_output=True, text=True)
 took = time.monotonic() - started
 second = subprocess.run([isolatency, "clean"], capture_output=True, text=True)
 left = {pid: name for pid, name in names().items() if pid not in pids}
-print(json.dumps({"before": before, "after": host(), "left": left, "took_s": took, "codes": [first.returncode, second.returncode],
+print(json.dumps({"before": before, "after": host(), "left": left, "alive": alive, "took_s": took, "codes": [first.returncode, second.returncode],
                   "said": first.stdout + first.stderr, "again": second.stdout}))
 """
 
@@ -75,6 +76,7 @@ def test_nothing_is_left(moment_s: float, tmp_path: Path) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, timeout=400, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
+    assert found["alive"], "the run had ended before it was killed: is another one under way on this machine?"
     assert found["codes"] == [0, 0], found["said"]
     assert found["after"] == found["before"], found["said"]
     assert found["left"] == {}, found["said"]
