@@ -120,7 +120,9 @@ def second(open_folder: Path) -> tuple[Place, Result]:
     """The same elsewhere: another path, another umask, and another user where this one may be another."""
     prefix = ["sh", "-c", 'umask 077; exec "$@"', "sh"]
     as_user = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups"]
-    if IS_ROOT and subprocess.run([*as_user, sys.executable, "-c", ""], capture_output=True).returncode == 0:
+    # By way of a shell: setpriv's own exec still has root's rights.
+    tried = [*as_user, "sh", "-c", 'exec "$0" -c ""', sys.executable]
+    if IS_ROOT and subprocess.run(tried, capture_output=True).returncode == 0:
         prefix += as_user
     there = place(open_folder / "quite another/folder", prefix)
     if IS_ROOT:
