@@ -1,369 +1,270 @@
 """From a run folder to figures: every number of the report is computed here, from the raw samples alone."""
 
-import json
 import math
-import tomllib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
-from images.errors import IsolatencyError, UsageError
-from loadtest import _samples, _stats
-from loadtest._stats import Interval
+from images.errors import UsageError
+from loadtest import _folder, _stats
+from loadtest._folder import Folder, Key, Requests, Target
+from loadtest._schema import (
+    REFERENCE,
+    SCHEMA,
+    Batch,
+    Cell,
+    Direct,
+    DirectCell,
+    DirectJob,
+    Ratio,
+    Ratios,
+    Summary,
+)
 
-SCHEMA = 1
-QUANTILES = {"p50_us": 0.5, "p90_us": 0.9, "p99_us": 0.99, "p999_us": 0.999}
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 CLOCK_TOLERANCE = 0.01
-REFERENCE = {
-    "source": "the 2023 report (mean of 100 runs for knn, of 10 for dnn)",
-    "knn": {"docker_s": 1.8965, "firecracker_s": 2.0842},
-    "dnn": {"docker_s": 122.1339, "firecracker_s": 167.3205},
-}
-
-
-class Ratio(msgspec.Struct, frozen=True):
-    """A target's figure over the baseline's, with its 95 % interval; no interval where the samples do not give one."""
-
-    estimate: float
-    low: float | None
-    high: float | None
-    verdict: str | None = None
-
-
-class Ratios(msgspec.Struct, frozen=True):
-    p50: Ratio | None
-    p99: Ratio | None
-    throughput: Ratio | None
-
-
-class Cell(msgspec.Struct, frozen=True):
-    """One target × model × load. A quantile is null where `samples_needed` says how many it would take, or where it
-    falls among the failures, which count as +∞."""
-
-    target: str
-    label: str
-    emulated: bool
-    model: str
-    load: str
-    requests: int
-    failures: int
-    failures_by_kind: dict[str, int]
-    warmup_requests: int
-    seconds: float
-    blocks: int
-    throughput_rps: float
-    mean_us: float | None
-    p50_us: float | None
-    p90_us: float | None
-    p99_us: float | None
-    p999_us: float | None
-    samples_needed: dict[str, int]
-    max_us: float | None
-    host_cpu_us_per_request: float | None
-    client_cpu_us_per_request: float | None
-    ratio: Ratios | None
-
-
-class Batch(msgspec.Struct, frozen=True):
-    """One target × job. `host_clock_difference` is the host's time over the target's own, less 1, largest of all."""
-
-    target: str
-    label: str
-    emulated: bool
-    job: str
-    scale: str
-    n: int
-    mean_s: float
-    median_s: float
-    stdev_s: float | None
-    min_s: float
-    ci95_s: tuple[float, float] | None
-    ratio: Ratio | None
-    accuracy: float
-    host_clock_difference: float
-
-
-class Summary(msgspec.Struct, frozen=True):
-    """summary.json. `direct` is firecracker over docker where both ran unemulated: the 2023 report's question."""
-
-    schema: int
-    run: str
-    partial: bool
-    baseline: str | None
-    allow_difference: bool
-    targets: list[dict[str, Any]]
-    cells: list[Cell]
-    batch: list[Batch]
-    direct: list[dict[str, Any]]
-    caveats: list[str]
-    errors: list[str]
-    report_reference: dict[str, Any]
-    machine: dict[str, Any]
-
-
-class _Folder(msgspec.Struct):
-    """What a run folder holds, as read."""
-
-    path: Path
-    plan: dict[str, Any]
-    manifest: dict[str, Any]
-    targets: list[dict[str, Any]]
 
 
 def summarise(run: Path, baseline: str | None = None) -> Summary:
-    """Compute everything from the run folder. Raises IsolatencyError for a folder that is none, or of another schema,
-    UsageError for an unknown baseline."""
-    folder = _read(run)
-    native = [target["name"] for target in folder.targets if not target["emulated"]]
-    if baseline is not None and baseline not in native:
-        raise UsageError(f"no target {baseline!r} to compare against; there are: {', '.join(native) or 'none'}")
-    base = baseline or (native[0] if native else None)
-    caveats = list(folder.manifest["caveats"])
-    for target in folder.targets:
-        caveats += [
-            text if text.startswith(target["label"]) else f"{target['label']}: {text}" for text in target["caveats"]
-        ]
-        caveats += [f"{target['label']}: not comparable: {text}" for text in target["parity"]["differences"]]
-    cells = _cells(folder, base, caveats)
-    batch = _batch(folder, base, caveats)
+    """Compute everything from the run folder. Raises UsageError for a folder that is none, is damaged or of another
+    schema, and for a baseline that is not among its targets."""
+    folder = _folder.read(run)
+    base, notes = _baseline(folder, baseline)
+    logs = {key: _block_logs(found, _blocks(folder, key)) for key, found in folder.requests.items()}
+    targets = [msgspec.structs.replace(target, caveats=_of_target(target)) for target in folder.targets]
+    cells = _cells(folder, base, logs)
+    batch, differences = _batch(folder, base)
+    run_caveats = [*folder.manifest.get("caveats", []), *notes, *folder.gaps, *differences]
+    if cells:
+        dropped = sum(cell.warmup_requests for cell in cells)
+        total = dropped + sum(cell.requests for cell in cells)
+        run_caveats.append(f"warm-up: the first blocks of each cell, {dropped} of {total} requests, are in no figure")
+    parts = [run_caveats, *(target.caveats for target in targets)]
+    parts += [cell.caveats for cell in cells] + [row.caveats for row in batch]
+    manifest = folder.manifest
     return Summary(
-        schema=SCHEMA, run=run.resolve().name, partial=bool(folder.manifest["partial"]), baseline=base,
-        allow_difference=bool(folder.plan.get("allow_difference")), targets=folder.targets, cells=cells, batch=batch,
-        direct=_direct(folder, caveats), caveats=list(dict.fromkeys(caveats)), errors=folder.manifest["errors"],
-        report_reference=REFERENCE, machine=folder.manifest["machine"],
+        schema=SCHEMA, run=run.resolve().name, started=manifest.get("started"), ended=manifest.get("ended"),
+        command=manifest.get("command", []), seed=folder.plan.seed,
+        partial=bool(manifest.get("partial", True)) or bool(folder.gaps), baseline=base,
+        allow_difference=folder.plan.allow_difference, targets=targets, cells=cells, batch=batch,
+        direct=_direct(folder, logs), caveats=list(dict.fromkeys(text for part in parts for text in part)),
+        run_caveats=run_caveats, errors=manifest.get("errors", []),
+        report_reference=REFERENCE | {"differs": _differs(folder)}, machine=manifest.get("machine", {}),
+        load_average={"before": manifest.get("load_before"), "after": manifest.get("load_after")},
     )  # fmt: skip
 
 
-def _read(run: Path) -> _Folder:
-    try:
-        manifest = json.loads((run / "manifest.json").read_text())
-        targets = json.loads((run / "targets.json").read_text())
-        plan = tomllib.loads((run / "plan.toml").read_text())
-    except FileNotFoundError as error:
-        raise IsolatencyError(f"{run} is no run folder: {Path(error.filename).name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise IsolatencyError(f"the run folder {run} could not be read: {error}") from error
-    if manifest.get("schema") != SCHEMA:
-        raise IsolatencyError(
-            f"{run} has schema {manifest.get('schema')}, this version reads {SCHEMA}: use the version that made it "
-            f"({manifest.get('versions', {}).get('isolatency', 'unknown')})"
-        )
-    return _Folder(run, plan, manifest, targets)
+def _baseline(folder: Folder, wanted: str | None) -> tuple[str | None, list[str]]:
+    """The target to compare against: the one named, else the first that is not emulated; and what is to be said."""
+    native = [target.name for target in folder.targets if not target.emulated]
+    if wanted is not None and wanted not in native:
+        emulated = any(target.name == wanted for target in folder.targets)
+        why = f"{wanted!r} is emulated: no baseline" if emulated else f"no target {wanted!r} to compare against"
+        raise UsageError(f"{why}; there are: {', '.join(native) or 'none'}")
+    base = wanted or (native[0] if native else None)
+    planned = next(iter(_folder.planned(folder.plan)), base)
+    if wanted is None and base is not None and planned != base:
+        return base, [f"ratios are over {base}: {planned}, the plan's first target, is emulated or was not measured"]
+    return base, []
 
 
-def _requests(folder: _Folder) -> pd.DataFrame | None:
-    path = folder.path / "samples.parquet"
-    if not path.exists():
-        return None
-    columns = ["target", "model", "load", "round", "block", "sent_ns", "received_ns", "outcome", "warmup"]
-    try:
-        frame = pd.read_parquet(path, columns=columns)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise IsolatencyError(
-            f"{path} could not be read: {error}; the rest of the folder may still be of use"
-        ) from error
-    frame["us"] = np.where(frame["outcome"] == "ok", (frame["received_ns"] - frame["sent_ns"]) / 1e3, np.inf)
-    return frame.drop(columns=["sent_ns"])
+def _of_target(target: Target) -> list[str]:
+    named = [f"{target.label}: {text.removeprefix(f'{target.name}: ')}" for text in target.caveats]
+    differences = target.parity.get("differences", [])
+    return [*named, *(f"{target.label}: not comparable: {text}" for text in differences)]
 
 
-def _cells(folder: _Folder, base: str | None, caveats: list[str]) -> list[Cell]:
-    samples = _requests(folder)
-    if samples is None:
-        return []
-    try:
-        # "null" is a model's name here, and only an empty field is a missing value.
-        blocks = pd.read_csv(
-            folder.path / "blocks.csv",
-            usecols=list(_samples.BLOCK_COLUMNS),
-            keep_default_na=False,
-            na_values={"host_cpu_us": [""]},
-        )
-    except (OSError, ValueError) as error:
-        raise IsolatencyError(f"{folder.path / 'blocks.csv'} could not be read: {error}") from error
-    cells = []
-    for model in folder.plan["models"]:
-        for load in folder.plan["loads"]:
-            chosen = samples[(samples["model"] == model) & (samples["load"] == load)]
-            timed = blocks[(blocks["model"] == model) & (blocks["load"] == load) & ~blocks["warmup"].astype(bool)]
-            rounds = {}
-            for name in (target["name"] for target in folder.targets):
-                rounds[name] = _rounds(chosen[chosen["target"] == name], timed[timed["target"] == name])
+def _blocks(folder: Folder, key: Key) -> pd.DataFrame:
+    """The blocks of a cell, those of its warm-up left out."""
+    target, model, load = key
+    blocks = folder.blocks
+    chosen = (blocks["target"] == target) & (blocks["model"] == model) & (blocks["load"] == load) & ~blocks["warmup"]
+    return blocks[chosen]
+
+
+def _cells(folder: Folder, base: str | None, logs: dict[Key, pd.DataFrame]) -> list[Cell]:
+    found = []
+    for model in folder.plan.models:
+        for load in folder.plan.loads:
             for target in folder.targets:
-                name = target["name"]
-                ours = chosen[chosen["target"] == name]
-                if len(ours):
-                    against = None if base is None or name == base or target["emulated"] else rounds[base]
-                    ratio = None if against is None or not len(against) else _ratios(rounds[name], against)
-                    cells.append(_cell(target, model, load, ours, timed[timed["target"] == name], ratio, caveats))
-    dropped = int(samples["warmup"].sum())
-    caveats.append(f"warm-up: the first seconds of each cell, {dropped} of {len(samples)} requests, are in no figure")
-    return cells
+                key = (target.name, model, load)
+                if key in folder.requests:
+                    compared = base is not None and target.name != base and not target.emulated
+                    ratio = _ratios(logs[key], logs.get((str(base), model, load))) if compared else None
+                    found.append(_cell(target, key, folder.requests[key], _blocks(folder, key), ratio))
+    return found
 
 
-def _cell(
-    target: dict[str, Any], model: str, load: str, ours: pd.DataFrame, blocks: pd.DataFrame, ratio: Ratios | None,
-    caveats: list[str],
-) -> Cell:  # fmt: skip
-    kept = ours[~ours["warmup"]]
-    us = kept["us"].to_numpy()
+def _cell(target: Target, key: Key, found: Requests, blocks: pd.DataFrame, ratio: Ratios | None) -> Cell:
+    us = found.rows["us"].to_numpy()
     good = us[np.isfinite(us)]
     seconds = float((blocks["end_ns"] - blocks["start_ns"]).sum()) / 1e9
-    in_time = _in_time(kept, blocks)
-    values, needed = _quantiles(us)
-    failed = kept["outcome"][kept["outcome"] != "ok"]
-    by_kind = {str(kind): int(n) for kind, n in failed.value_counts().items() if n}
-    where = f"{target['label']}, {model}, {load}"
-    if len(failed):
-        caveats.append(f"{where}: {len(failed)} of {len(us)} requests failed; they count as +∞ in the quantiles")
+    failures = sum(found.failed.values())
+    caveats = []
+    if failures:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in found.failed.items())
+        caveats.append(
+            f"{target.label}, {key[1]}, {key[2]}: {failures} of {len(us)} requests failed ({kinds}); they count as +∞"
+        )
+    values, needed, infinite = _quantiles(us)
     return Cell(
-        target=target["name"], label=target["label"], emulated=target["emulated"], model=model, load=load,
-        requests=len(us), failures=len(failed), failures_by_kind=by_kind,
-        warmup_requests=len(ours) - len(kept), seconds=round(seconds, 3), blocks=len(blocks),
-        throughput_rps=int(in_time.sum()) / seconds if seconds else 0.0,
-        mean_us=float(good.mean()) if len(good) else None, **values, samples_needed=needed,
+        target=target.name, label=target.label, emulated=target.emulated, model=key[1], load=key[2],
+        requests=len(us), failures=failures, failures_by_kind=found.failed, warmup_requests=found.warmup,
+        seconds=round(seconds, 3), blocks=len(blocks),
+        throughput_rps=float(found.rows["in_time"].sum()) / seconds if seconds else None,
+        mean_us=float(good.mean()) if len(good) else None, **values, samples_needed=needed, infinite=infinite,
         max_us=float(good.max()) if len(good) else None,
         host_cpu_us_per_request=_per_request(blocks["host_cpu_us"], len(us)),
-        client_cpu_us_per_request=_per_request(blocks["client_cpu_us"], len(us)), ratio=ratio,
+        client_cpu_us_per_request=_per_request(blocks["client_cpu_us"], len(us)), ratio=ratio, caveats=caveats,
     )  # fmt: skip
 
 
-def _in_time(requests: pd.DataFrame, blocks: pd.DataFrame) -> "pd.Series[bool]":
-    """Which requests were answered before their block's end: what comes in the drain is nobody's throughput."""
-    ends = requests["block"].map(blocks.set_index("block")["end_ns"])
-    return (requests["outcome"] == "ok") & (requests["received_ns"] <= ends)
-
-
-def _quantiles(us: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[dict[str, float | None], dict[str, int]]:
-    values: dict[str, float | None] = {}
-    needed: dict[str, int] = {}
-    for name, q in QUANTILES.items():
-        values[name] = None
-        if len(us) < _stats.samples_needed(q):
-            needed[name.removesuffix("_us")] = _stats.samples_needed(q)
-        elif math.isfinite(value := _stats.quantiles(us, [q])[0]):
-            values[name] = value
-    return values, needed
+def _quantiles(us: _stats.Floats) -> tuple[dict[str, float | None], dict[str, int], list[str]]:
+    """The quantiles for which there are samples; how many the others need; which of them fall among failures."""
+    values: dict[str, float | None] = {f"{name}_us": None for name in QUANTILES}
+    needed = {name: n for name, q in QUANTILES.items() if len(us) < (n := _stats.samples_needed(q))}
+    given = [name for name in QUANTILES if name not in needed]
+    found = dict(zip(given, _stats.quantiles(us, [QUANTILES[name] for name in given]) if given else [], strict=True))
+    values |= {f"{name}_us": value for name, value in found.items() if math.isfinite(value)}
+    return values, needed, [name for name, value in found.items() if not math.isfinite(value)]
 
 
 def _per_request(cpu_us: "pd.Series[float]", requests: int) -> float | None:
+    """CPU time is read from the block's start to the end of its drain: over all requests, late ones included."""
     return float(cpu_us.sum()) / requests if requests and len(cpu_us) and cpu_us.notna().all() else None
 
 
-def _rounds(ours: pd.DataFrame, blocks: pd.DataFrame) -> pd.DataFrame:
-    """Per round, the mean over the target's blocks of the log of p50, p99 and throughput of each block."""
+def _block_logs(found: Requests, blocks: pd.DataFrame) -> pd.DataFrame:
+    """Per (restart, round), the mean over its blocks of each block's own log p50, log p99 and log throughput.
+
+    NaN where a block has too few requests for the quantile, ±inf where failures leave none or no answer came in time.
+    """
+    by_block = found.rows.groupby(["restart", "block"])
+    us_of = {key: group.to_numpy() for key, group in by_block["us"]}
+    in_time = by_block["in_time"].sum().to_dict()
     rows = []
-    kept = ours[~ours["warmup"]]
-    in_time = _in_time(kept, blocks).groupby(kept["block"]).sum()
-    us_of = {block: group.to_numpy() for block, group in kept.groupby("block")["us"]}
-    for block in blocks[["block", "round", "start_ns", "end_ns"]].to_dict("records"):
-        us = us_of.get(block["block"])
-        if us is None:
-            continue
-        good = int(in_time[block["block"]])
-        row: dict[str, Any] = {"round": block["round"], "p50": np.nan, "p99": np.nan, "throughput": np.nan}
+    for block in blocks[["restart", "round", "block", "start_ns", "end_ns"]].to_dict("records"):
+        key = (block["restart"], block["block"])
+        us, seconds = us_of.get(key, np.empty(0)), (block["end_ns"] - block["start_ns"]) / 1e9
+        row = {"restart": block["restart"], "round": block["round"]}
         for name, q in (("p50", 0.5), ("p99", 0.99)):
-            if len(us) >= _stats.MIN_BLOCK[q] and math.isfinite(value := _stats.quantiles(us, [q])[0]):
-                row[name] = math.log(value)
-        if good:
-            row["throughput"] = math.log(good / ((block["end_ns"] - block["start_ns"]) / 1e9))
-        rows.append(row)
-    frame = pd.DataFrame(rows, columns=["round", "p50", "p99", "throughput"])
-    return frame.groupby("round").mean()
+            row[name] = math.log(_stats.quantiles(us, [q])[0]) if len(us) >= _stats.MIN_BLOCK[q] else math.nan
+        rate = in_time.get(key, 0) / seconds
+        rows.append(row | {"throughput": math.log(rate) if rate else -math.inf})
+    frame = pd.DataFrame(rows, columns=["restart", "round", "p50", "p99", "throughput"])
+    # Plain means would pass over NaN, and with it over the blocks that decide whether there is a figure at all.
+    return frame.groupby(["restart", "round"]).mean(skipna=False)
 
 
-def _ratios(ours: pd.DataFrame, base: pd.DataFrame) -> Ratios:
-    """Paired within a round, so that what drifts slowly cancels; an interval needs three rounds."""
+def _ratios(ours: pd.DataFrame, base: pd.DataFrame | None) -> Ratios:
+    """Paired within a round, so that what drifts slowly cancels. Never from a part of the rounds: those in which a
+    block was too small or requests failed are the slow ones."""
 
-    def one(name: str) -> Ratio | None:
-        differences = (ours[name] - base[name]).dropna().to_numpy(dtype=float)
-        if len(differences) >= _stats.MIN_PAIRS:
-            return _as_ratio(_stats.geometric_ratio(differences))
-        return Ratio(math.exp(float(differences.mean())), None, None) if len(differences) else None
+    def one(name: str) -> Ratio:
+        if base is None:
+            return Ratio(None, reason="the baseline has no such requests")
+        pairs = pd.concat([ours[name], base[name]], axis=1, join="inner").to_numpy(dtype=float)
+        if not len(pairs):
+            return Ratio(None, reason="no round that both went through")
+        if np.isnan(pairs).any():
+            return Ratio(None, reason=f"a block holds fewer than {_stats.MIN_BLOCK[QUANTILES[name]]} requests")
+        if np.isinf(pairs).any():
+            return Ratio(None, reason="in a block it falls among failed requests, or none was answered")
+        differences = pairs[:, 0] - pairs[:, 1]
+        if len(differences) < _stats.MIN_PAIRS:
+            return Ratio(math.exp(float(differences.mean())), reason=f"fewer than {_stats.MIN_PAIRS} rounds")
+        return Ratio(*_stats.geometric_ratio(differences))
 
     return Ratios(one("p50"), one("p99"), one("throughput"))
 
 
-def _as_ratio(found: Interval | None) -> Ratio | None:
-    return None if found is None else Ratio(found.estimate, found.low, found.high)
-
-
-def _batch_frame(folder: _Folder) -> pd.DataFrame | None:
-    path = folder.path / "batch.csv"
-    if not path.exists():
-        return None
-    try:
-        return pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise IsolatencyError(f"{path} could not be read: {error}") from error
-
-
-def _batch(folder: _Folder, base: str | None, caveats: list[str]) -> list[Batch]:
-    frame = _batch_frame(folder)
-    if frame is None:
-        return []
-    found = []
-    for job, of_job in frame.groupby("job", sort=False):
-        for _, of_scale in of_job.groupby("scale"):
-            shown = of_scale.groupby("label")["accuracy"].agg(lambda values: values.iloc[0])
+def _batch(folder: Folder, base: str | None) -> tuple[list[Batch], list[str]]:
+    """The rows, and sentences on accuracies that differ where they must not."""
+    found: list[Batch] = []
+    differences = []
+    for job, of_job in folder.batch.groupby("job", sort=False) if len(folder.batch) else []:
+        for _, of_scale in of_job.groupby("scale", sort=False):
             if of_scale["accuracy"].nunique() > 1:
-                listed = ", ".join(f"{label} {value:g}" for label, value in shown.items())
-                caveats.append(f"batch {job}: accuracy differs at equal scale: {listed}")
+                shown = of_scale.groupby("label", sort=False)["accuracy"].unique()
+                listed = ", ".join(f"{label} {'/'.join(f'{v:g}' for v in values)}" for label, values in shown.items())
+                differences.append(f"batch {job}: accuracy differs at equal scale, so the work did: {listed}")
         for target in folder.targets:
-            ours = of_job[of_job["target"] == target["name"]].set_index("repeat")
+            ours = of_job[of_job["target"] == target.name].set_index("repeat")
             if len(ours):
-                against = of_job[of_job["target"] == base].set_index("repeat")["seconds"] if base else None
-                against = None if target["name"] == base or target["emulated"] else against
-                found.append(_batch_row(target, str(job), ours, against, caveats))
-    return found
+                compared = base is not None and target.name != base and not target.emulated
+                against = of_job[of_job["target"] == base].set_index("repeat")
+                found.append(_batch_row(target, str(job), ours, _batch_ratio(ours, against) if compared else None))
+    return found, differences
 
 
-def _batch_row(
-    target: dict[str, Any], job: str, ours: pd.DataFrame, base: "pd.Series[float] | None", caveats: list[str]
-) -> Batch:
+def _batch_row(target: Target, job: str, ours: pd.DataFrame, ratio: Ratio | None) -> Batch:
     seconds = ours["seconds"].to_numpy(dtype=float)
     differences = ours["host_seconds"].to_numpy(dtype=float) / seconds - 1
     worst = float(differences[np.abs(differences).argmax()])
+    caveats = []
     if abs(worst) > CLOCK_TOLERANCE:
-        caveats.append(f"batch {job}, {target['label']}: the host's clock gives {worst:+.1%} against the target's own")
+        caveats.append(f"batch {job}, {target.label}: by the host's clock {worst:+.1%} against the target's own")
     interval = _stats.mean_interval(seconds) if len(seconds) >= 2 else None
     return Batch(
-        target=target["name"], label=target["label"], emulated=target["emulated"], job=job,
+        target=target.name, label=target.label, emulated=target.emulated, job=job,
         scale=str(ours["scale"].iloc[0]), n=len(seconds), mean_s=float(seconds.mean()),
         median_s=float(np.median(seconds)), stdev_s=float(seconds.std(ddof=1)) if len(seconds) >= 2 else None,
-        min_s=float(seconds.min()), ci95_s=(interval.low, interval.high) if interval else None,
-        ratio=_batch_ratio(ours["seconds"], base), accuracy=float(ours["accuracy"].iloc[0]),
-        host_clock_difference=worst,
+        min_s=float(seconds.min()), ci95_s=(interval.low, interval.high) if interval else None, ratio=ratio,
+        accuracy=float(ours["accuracy"].iloc[0]) if ours["accuracy"].nunique() == 1 else None,
+        host_clock_difference=worst, caveats=caveats,
     )  # fmt: skip
 
 
-def _batch_ratio(ours: "pd.Series[float]", base: "pd.Series[float] | None") -> Ratio | None:
+def _batch_ratio(ours: pd.DataFrame, base: pd.DataFrame) -> Ratio:
     """Ratio of means, paired by repeat, since repeat i ran everywhere before repeat i + 1."""
-    if base is None:
-        return None
-    pairs = pd.concat([ours, base], axis=1, join="inner").to_numpy(dtype=float)
+    if set(ours["scale"]) != set(base["scale"]):
+        return Ratio(None, reason="the baseline did not run it at this scale")
+    pairs = pd.concat([ours["seconds"], base["seconds"]], axis=1, join="inner").to_numpy(dtype=float)
     if not len(pairs):
-        return None
-    found = _stats.ratio_of_means(pairs[:, 0], pairs[:, 1]) if len(pairs) >= _stats.MIN_PAIRS else None
-    return _as_ratio(found) or Ratio(float(pairs[:, 0].mean() / pairs[:, 1].mean()), None, None)
+        return Ratio(None, reason="no repeat that both ran")
+    plain = float(pairs[:, 0].mean() / pairs[:, 1].mean())
+    if len(pairs) < _stats.MIN_PAIRS:
+        return Ratio(plain, reason=f"fewer than {_stats.MIN_PAIRS} repeats")
+    found = _stats.ratio_of_means(pairs[:, 0], pairs[:, 1])
+    return Ratio(*found) if found else Ratio(plain, reason="the baseline's repeats scatter too much to divide by")
 
 
-def _direct(folder: _Folder, caveats: Sequence[str]) -> list[dict[str, Any]]:
-    """firecracker over docker, in each cell and job, where both ran unemulated."""
-    native = {target["kind"]: target["name"] for target in reversed(folder.targets) if not target["emulated"]}
+def _direct(folder: Folder, logs: dict[Key, pd.DataFrame]) -> Direct | None:
+    """The first firecracker over the first docker."""
+    native = {target.kind: target.name for target in reversed(folder.targets) if not target.emulated}
     if not {"docker", "firecracker"} <= native.keys():
-        return []
-    both = [target for target in folder.targets if target["name"] in (native["docker"], native["firecracker"])]
-    only = _Folder(folder.path, folder.plan, folder.manifest, both)
-    found: list[dict[str, Any]] = []
-    for cell in _cells(only, native["docker"], []):
-        if cell.target == native["firecracker"]:
-            found.append({"model": cell.model, "load": cell.load, "ratio": msgspec.to_builtins(cell.ratio)})
-    for row in _batch(only, native["docker"], []):
-        if row.target == native["firecracker"]:
-            found.append({"job": row.job, "scale": row.scale, "ratio": msgspec.to_builtins(row.ratio)})
+        return None
+    over, ours = native["docker"], native["firecracker"]
+    cells = [
+        DirectCell(model, load, _ratios(logs[ours, model, load], logs[over, model, load]))
+        for model in folder.plan.models
+        for load in folder.plan.loads
+        if (ours, model, load) in logs and (over, model, load) in logs
+    ]
+    batch = []
+    for job, of_job in folder.batch.groupby("job", sort=False) if len(folder.batch) else []:
+        mine, theirs = (of_job[of_job["target"] == name].set_index("repeat") for name in (ours, over))
+        if len(mine) and len(theirs):
+            batch.append(DirectJob(str(job), str(mine["scale"].iloc[0]), _batch_ratio(mine, theirs)))
+    return Direct(ours, over, cells, batch)
+
+
+def _differs(folder: Folder) -> list[str]:
+    """What this run does otherwise than the 2023 report did."""
+    sizes = sorted({f"{target.cpus} CPU and {target.mem_mib} MiB" for target in folder.targets if target.kind != "url"})
+    found = [
+        f"each target has {' or '.join(sizes)}; the report's microVM had 8 vCPU and 16,384 MiB",
+        "one tree in every target, and repeats go round the targets; the report ran different sources, one system "
+        "after the other, on another machine with other versions of Python and NumPy",
+    ]
+    for job in folder.plan.jobs:
+        if job.job == "knn":
+            found.append(f"knn: {job.repeats} repeats of {job.rows} rows; there 100 of 569")
+        else:
+            found.append(
+                f"dnn: {job.repeats} repeats of {job.rows} rows and {job.epochs} epoch{'s' * (job.epochs > 1)}; "
+                "there 10 of 10 epochs on a CSV whose length the report does not give"
+            )
     return found

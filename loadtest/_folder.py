@@ -1,0 +1,231 @@
+"""What a run folder holds, as read: one line of complaint for what cannot be used, a sentence for each gap.
+
+A run that was killed leaves the phases' own files (samples-PHASE.parquet, blocks-PHASE.csv) and perhaps half a line;
+what of it can be read is used, and the gaps say that it is not all.
+"""
+
+import io
+import json
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from images.errors import UsageError
+from loadtest import _batch, _samples
+from loadtest._plan import Plan
+
+SCHEMA = 1
+ROWS = _samples.ROW_GROUP  # read at a time
+_COLUMNS = ["restart", "block", "target", "model", "load", "intended_ns", "received_ns", "outcome", "warmup"]
+
+Key = tuple[str, str, str]  # target, model, load
+
+
+class Target(msgspec.Struct, frozen=True):
+    """One entry of targets.json. `first_prediction_ms` and `host_memory_mib` are null where they were not measured."""
+
+    name: str
+    label: str
+    kind: str
+    accel: str | None
+    emulated: bool
+    cpus: int
+    mem_mib: int
+    cores: list[int]
+    identity: dict[str, Any] | None
+    ready_s: float
+    first_prediction_ms: float | None
+    host_memory_mib: float | None
+    options: dict[str, Any]
+    caveats: list[str]
+    parity: dict[str, list[str]]
+
+
+class Requests(NamedTuple):
+    """The requests of one target × model × load. `rows` has one row per request that is not warm-up: restart, block,
+    us (from the intended start to the last byte, +inf if it failed), in_time (answered before its block's end)."""
+
+    rows: pd.DataFrame
+    failed: dict[str, int]
+    warmup: int
+
+
+@dataclass
+class Folder:
+    """`blocks` and `batch` are empty frames where there are none; `gaps` are sentences on what is not there."""
+
+    path: Path
+    plan: Plan
+    manifest: dict[str, Any]
+    targets: list[Target]
+    requests: dict[Key, Requests] = field(default_factory=dict)
+    blocks: pd.DataFrame = field(default_factory=pd.DataFrame)
+    batch: pd.DataFrame = field(default_factory=pd.DataFrame)
+    gaps: list[str] = field(default_factory=list)
+
+
+def read(run: Path) -> Folder:
+    """Raises UsageError for a folder that is no run folder, is of another schema, or is damaged."""
+    folder = _head(run)
+    blocks = [_table(path, _samples.BLOCK_COLUMNS, folder.gaps) for path in _parts(run, "blocks", ".csv")]
+    if blocks:
+        # A join that was killed leaves the parts beside the whole.
+        folder.blocks = pd.concat(blocks).drop_duplicates(["restart", "block", "target"])
+        folder.blocks["warmup"] = folder.blocks["warmup"].map({"True": True, "False": False}).astype(bool)
+        folder.requests = _requests(folder)
+    if (run / "batch.csv").exists():
+        folder.batch = _table(run / "batch.csv", _batch.COLUMNS, folder.gaps)
+    folder.gaps += _missing(folder)
+    return folder
+
+
+def _head(run: Path) -> Folder:
+    try:
+        manifest = json.loads((run / "manifest.json").read_bytes())
+        found = manifest.get("schema")
+        if found != SCHEMA:
+            made_by = manifest.get("versions", {}).get("isolatency") or "unknown"
+            raise UsageError(
+                f"{run} has schema {found}, this version reads {SCHEMA}: use the version that made it ({made_by})"
+            )
+        targets = msgspec.json.decode((run / "targets.json").read_bytes(), type=list[Target])
+        plan = msgspec.convert(tomllib.loads((run / "plan.toml").read_text()), Plan)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"{run} is no run folder: {Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"the run folder {run} is damaged: {_one_line(error)}") from error
+    return Folder(run, plan, manifest, targets)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _parts(run: Path, stem: str, ending: str) -> list[Path]:
+    whole = run / f"{stem}{ending}"
+    return [*([whole] if whole.exists() else []), *sorted(run.glob(f"{stem}-*{ending}"))]
+
+
+def _table(path: Path, columns: Sequence[str], gaps: list[str]) -> pd.DataFrame:
+    """A CSV file of ours; the half line of a writer that was killed is left out and noted in `gaps`."""
+    texts = {"target", "label", "emulated", "job", "scale", "model", "load", "warmup"}
+    try:
+        text = path.read_text()
+        whole, _, torn = text.rpartition("\n")
+        if torn:
+            gaps.append(f"{path.name}: its last line is torn and left out")
+        # "null" is a model's name here, and only an empty field is a missing value.
+        wanted = [name for name in columns if name != "result_json"]
+        frame = pd.read_csv(io.StringIO(whole), usecols=wanted, dtype=str, keep_default_na=False)
+        for name in set(wanted) - texts:
+            frame[name] = pd.to_numeric(frame[name])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} could not be read: {_one_line(error)}") from error
+    return frame
+
+
+def _sources(folder: Folder) -> list[pq.ParquetFile]:
+    """samples.parquet, else those of its parts that can be read."""
+    found: list[pq.ParquetFile] = []
+    for path in _parts(folder.path, "samples", ".parquet"):
+        try:
+            file = pq.ParquetFile(path)
+            if _samples.is_partial(path):
+                folder.gaps.append(f"{path.name}: was cut short")
+        except (OSError, pa.ArrowException) as error:
+            if path.name == "samples.parquet" and not list(folder.path.glob("samples-*.parquet")):
+                raise UsageError(f"{path} could not be read: {_one_line(error)}") from error
+            folder.gaps.append(f"{path.name}: could not be read, its requests are in no figure")
+            continue
+        if path.name == "samples.parquet":
+            return [file]
+        folder.gaps.append(f"{path.name}: was never joined into samples.parquet; the run was killed")
+        found.append(file)
+    return found
+
+
+def _requests(folder: Folder) -> dict[Key, Requests]:
+    """Read by batches and by columns: 15 bytes are kept of each request."""
+    timed = folder.blocks.loc[~folder.blocks["warmup"], ["restart", "block", "target", "model", "load", "end_ns"]]
+    ends = dict(iter(timed.groupby(["target", "model", "load"])))
+    pieces: dict[Key, list[pd.DataFrame]] = defaultdict(list)
+    failed: dict[Key, Counter[str]] = defaultdict(Counter)
+    warmup: Counter[Key] = Counter()
+    stray = 0
+    for source in _sources(folder):
+        try:
+            for batch in source.iter_batches(batch_size=ROWS, columns=_COLUMNS):
+                for key, part in batch.to_pandas().groupby(["target", "model", "load"], observed=True):
+                    cell: Key = key
+                    kept = part[~part["warmup"]]
+                    warmup[cell] += len(part) - len(kept)
+                    rows, kinds = _timed(kept, ends.get(cell))
+                    stray += len(kept) - len(rows)
+                    pieces[cell].append(rows)
+                    failed[cell].update(kinds)
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise UsageError(f"{folder.path / 'samples.parquet'} could not be read: {_one_line(error)}") from error
+    if stray:
+        folder.gaps.append(f"samples: {stray} requests of blocks that did not end are in no figure")
+    return {
+        cell: Requests(pd.concat(pieces.pop(cell), ignore_index=True), dict(failed[cell]), warmup[cell])
+        for cell in list(pieces)
+    }
+
+
+def _timed(kept: pd.DataFrame, ends: pd.DataFrame | None) -> tuple[pd.DataFrame, Counter[str]]:
+    """The rows of one cell with their times, less those whose block has no end; and what failed of them, by kind."""
+    if ends is None:
+        ends = pd.DataFrame({"restart": [], "block": [], "end_ns": []}, dtype=np.int64)
+    kept = kept.merge(ends[["restart", "block", "end_ns"]], on=["restart", "block"])
+    good = (kept["outcome"] == "ok").to_numpy()
+    received = kept["received_ns"].to_numpy(dtype=float)
+    us = np.where(good, (received - kept["intended_ns"].to_numpy()) / 1e3, np.inf)
+    rows = pd.DataFrame(
+        {
+            "restart": kept["restart"].to_numpy(dtype=np.int16),
+            "block": kept["block"].to_numpy(dtype=np.int32),
+            "us": us,
+            "in_time": good & (received <= kept["end_ns"].to_numpy()),
+        }
+    )
+    return rows, Counter(kept.loc[~good, "outcome"].astype(str).tolist())
+
+
+def planned(plan: Plan) -> list[str]:
+    """The names of the plan's targets, in its order."""
+    return [str(target.get("name", target.get("kind"))) for target in plan.targets]
+
+
+def _missing(folder: Folder) -> list[str]:
+    """What the plan wanted and the folder does not hold."""
+    plan = folder.plan
+    found: list[str] = []
+    here = {target.name for target in folder.targets}
+    found += [f"{name}: was not measured" for name in planned(plan) if name not in here]
+    for target in folder.targets:
+        if plan.only != "batch":
+            lost = [
+                f"{model} {load}"
+                for model in plan.models
+                for load in plan.loads
+                if (target.name, model, load) not in folder.requests
+            ]
+            found += [f"{target.label}: no requests of {', '.join(lost)}"] if lost else []
+        if plan.only != "load" and target.kind != "url":
+            for job in plan.jobs:
+                wanted = 1 if target.emulated else job.repeats
+                done = 0
+                if len(folder.batch):
+                    done = int(((folder.batch["target"] == target.name) & (folder.batch["job"] == job.job)).sum())
+                found += [f"batch {job.job}, {target.label}: {done} of {wanted} repeats"] if done < wanted else []
+    return found

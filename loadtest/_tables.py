@@ -1,0 +1,226 @@
+"""The Summary as tables of text, the same for terminal and Markdown, each with what has to be known beside it."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+from loadtest._schema import Batch, Cell, Direct, Ratio, Ratios, Summary
+
+NOTHING = "–"
+RATIOS = ("p50 ×", "p99 ×", "req/s ×")
+_T = TypeVar("_T")
+
+
+class Grid(NamedTuple):
+    """One table: title, columns (the first `words` of them are text), rows, and the notes that stand under it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    notes: Sequence[str] = ()
+    words: int = 2
+
+
+def grids(summary: Summary) -> list[Grid]:
+    """All tables in their order; emulated targets come last, in tables of their own, and are in no ratio."""
+    native = [cell for cell in summary.cells if not cell.emulated]
+    jobs = [row for row in summary.batch if not row.emulated]
+    found = [_targets(summary)]
+    if native or jobs:
+        found.append(_overview(summary, native, jobs))
+    found += [_serving("Serving", native)] if native else []
+    found += [_jobs("Batch jobs", jobs)] if jobs else []
+    if any(cell.ratio for cell in native):
+        found.append(_ratios(f"Serving, over {summary.baseline}, with 95 % intervals", native))
+    if any(row.ratio for row in jobs):
+        found.append(_job_ratios(f"Batch jobs, over {summary.baseline}, with 95 % intervals", jobs))
+    if summary.direct and summary.direct.cells:
+        found.append(_direct(summary.direct))
+    if summary.batch:
+        found.append(_reference(summary, jobs))
+    emulated = "emulated: no figure here says anything about the real thing"
+    cells = [cell for cell in summary.cells if cell.emulated]
+    slow = [row for row in summary.batch if row.emulated]
+    found += [_serving(f"Serving, {emulated}", cells)] if cells else []
+    found += [_jobs(f"Batch jobs, {emulated}", slow)] if slow else []
+    if summary.allow_difference:
+        found = [grid._replace(title=f"{grid.title} (UNEQUAL TARGETS: --allow-difference)") for grid in found]
+    return found
+
+
+def _targets(summary: Summary) -> Grid:
+    rows = []
+    for target in summary.targets:
+        identity = target.identity or {}
+        size = NOTHING if target.kind == "url" else f"{target.cpus} × {target.mem_mib:,}"
+        rows.append(
+            (
+                target.label,
+                target.accel or NOTHING,
+                (identity.get("tree_sha256") or "unknown")[:12] + "*" * (identity.get("tree_sha256_source") == "label"),
+                identity.get("blas_kernel") or "unknown",
+                size,
+                significant(target.ready_s),
+                significant(target.first_prediction_ms),
+                significant(target.host_memory_mib),
+            )
+        )
+    notes = [text for target in summary.targets for text in target.caveats]
+    if any(row[2].endswith("*") for row in rows):
+        notes.insert(0, "* the label built into the image; an emulated target does not compute its tree's digest")
+    columns = ("target", "accel", "tree", "BLAS kernel", "CPU × MiB", "ready s", "first\nprediction ms", "host\nMiB")
+    return Grid("Targets", columns, rows, notes, words=4)
+
+
+def _overview(summary: Summary, cells: Sequence[Cell], batch: Sequence[Batch]) -> Grid:
+    """One row per target: p50 and throughput of each model at the plan's first and last load, and the jobs' means."""
+    models, loads = _unique(cell.model for cell in cells), _unique(cell.load for cell in cells)
+    scales = _unique((row.job, row.scale) for row in batch)
+    by_key = {(cell.target, cell.model, cell.load): cell for cell in cells}
+    means = {(row.target, row.job): row.mean_s for row in batch}
+    rows: list[tuple[str, ...]] = []
+    columns = ["target"]
+    columns += [f"{model}\np50 µs" for model in models] + [f"{model}\nreq/s" for model in models]
+    columns += [f"batch\n{job} s" for job, _ in scales]
+    for target in summary.targets:
+        if not target.emulated:
+            few = [by_key.get((target.name, model, loads[0])) for model in models]
+            many = [by_key.get((target.name, model, loads[-1])) for model in models]
+            row = [_quantile(cell, "p50") if cell else NOTHING for cell in few]
+            row += [significant(cell.throughput_rps) if cell else NOTHING for cell in many]
+            row += [significant(means.get((target.name, job)), 4) for job, _ in scales]
+            rows.append((target.label, *row))
+    where = [f"p50 at {loads[0]}", f"req/s at {loads[-1]}"] if loads else []
+    where += [f"batch {job}: mean, {scale}" for job, scale in scales]
+    return Grid("Serving and batch side by side", tuple(columns), rows, ["; ".join(where)], words=1)
+
+
+def _serving(title: str, cells: Sequence[Cell]) -> Grid:
+    shown = [name for name in ("p50", "p90", "p99", "p999") if any(_has(cell, name) for cell in cells)]
+    quantiles = [f"{name.replace('p999', 'p99.9')} µs" for name in shown]
+    columns = ("model, load", "target", "requests", *quantiles, "req/s", "CPU µs")
+    rows: list[tuple[str, ...]] = []
+    for cell in cells:
+        failed = f" ({cell.failures:,} FAILED)" if cell.failures else ""
+        rest = (significant(cell.throughput_rps), significant(cell.host_cpu_us_per_request))
+        rows.append(
+            (
+                f"{cell.model}, {cell.load}",
+                cell.label,
+                f"{cell.requests:,}{failed}",
+                *[_quantile(cell, name) for name in shown],
+                *rest,
+            )
+        )
+    notes = ["CPU µs: of the host, per request, the target's whole process tree (VMM and proxies included)"]
+    needed = sorted({(n, name) for cell in cells for name, n in cell.samples_needed.items()})
+    if needed:
+        listed = ", ".join(f"{n:,} for {name.replace('p999', 'p99.9')}" for n, name in needed)
+        notes.append(f"{NOTHING} or left out: too few requests for that quantile; needed are {listed}")
+    if any(cell.infinite for cell in cells):
+        notes.append("∞: the quantile falls among failed requests")
+    return Grid(title, columns, rows, notes + [text for cell in cells for text in cell.caveats])
+
+
+def _jobs(title: str, batch: Sequence[Batch]) -> Grid:
+    """A job that ran once has a time and nothing around it."""
+    rows: list[tuple[str, ...]] = []
+    for row in batch:
+        interval = NOTHING
+        if row.ci95_s is not None:
+            interval = f"{significant(row.ci95_s[0])} to {significant(row.ci95_s[1])}"
+        accuracy = "differs" if row.accuracy is None else f"{row.accuracy:.3f}"
+        mean = significant(row.mean_s, 4) + "*" * bool(row.caveats)
+        figures = (significant(row.median_s), significant(row.stdev_s), significant(row.min_s), interval)
+        rows.append((f"{row.job}, {row.scale}", row.label, str(row.n), mean, *figures, accuracy))
+    columns: tuple[str, ...] = (
+        "job, scale",
+        "target",
+        "n",
+        "mean s",
+        "median",
+        "sd",
+        "min",
+        "95 % interval",
+        "accuracy",
+    )
+    if all(row.n == 1 for row in batch):
+        rows = [(*row[:4], row[-1]) for row in rows]
+        columns = (*columns[:3], "seconds", "accuracy")
+    notes = [text for row in batch for text in row.caveats]
+    return Grid(title, columns, rows, [f"* {text}" for text in notes])
+
+
+def _ratios(title: str, cells: Sequence[Cell]) -> Grid:
+    given = [(cell, _three(cell.ratio)) for cell in cells if cell.ratio]
+    rows = [(f"{cell.model}, {cell.load}", cell.label, *map(_ratio, three)) for cell, three in given]
+    return Grid(
+        title, ("model, load", "target", *RATIOS), rows, _reasons(ratio for _, three in given for ratio in three)
+    )
+
+
+def _job_ratios(title: str, batch: Sequence[Batch]) -> Grid:
+    rows = [(f"{row.job}, {row.scale}", row.label, _ratio(row.ratio)) for row in batch if row.ratio]
+    return Grid(title, ("job, scale", "target", "mean time ×"), rows, _reasons(row.ratio for row in batch if row.ratio))
+
+
+def _direct(direct: Direct) -> Grid:
+    given = [(cell, _three(cell.ratio)) for cell in direct.cells]
+    rows = [(f"{cell.model}, {cell.load}", *map(_ratio, three)) for cell, three in given]
+    notes = _reasons(ratio for _, three in given for ratio in three)
+    title = f"Serving, {direct.target} over {direct.over}, with 95 % intervals: the 2023 report's question"
+    return Grid(title, ("model, load", *RATIOS), rows, notes, words=1)
+
+
+def _reference(summary: Summary, batch: Sequence[Batch]) -> Grid:
+    """The report's own figures, this run's beside them where it has any, and what differs."""
+    rows: list[tuple[str, ...]] = []
+    kinds = {target.kind: target.name for target in reversed(summary.targets)}
+    means = {(row.target, row.job): row.mean_s for row in batch}
+    ratios = {job.job: job.ratio for job in summary.direct.batch} if summary.direct else {}
+    for job in ("knn", "dnn"):
+        docker, firecracker = (float(summary.report_reference[job][f"{kind}_s"]) for kind in ("docker", "firecracker"))
+        rows.append((job, "the report", f"{docker:.4f}", f"{firecracker:.4f}", f"{firecracker / docker:.2f}"))
+        here = (means.get((kinds.get(kind, ""), job)) for kind in ("docker", "firecracker"))
+        rows.append((job, "this run", *(significant(mean, 4) for mean in here), _ratio(ratios.get(job))))
+    columns = ("job", "whose", "docker s", "firecracker s", "firecracker over docker")
+    notes = list(summary.report_reference["differs"])
+    return Grid("The report of 2023 (mean of 100 runs, of 10 for dnn)", columns, rows, notes)
+
+
+def _three(ratios: Ratios) -> list[Ratio]:
+    return [ratios.p50, ratios.p99, ratios.throughput]
+
+
+def _reasons(ratios: Iterable[Ratio]) -> list[str]:
+    reasons = _unique(ratio.reason for ratio in ratios if ratio.reason)
+    return [f"{NOTHING}, or no interval, where: {'; '.join(reasons)}"] if reasons else []
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None or ratio.estimate is None:
+        return NOTHING
+    decimals = 3 if max(ratio.estimate, ratio.high or 0) < 10 else 1
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.estimate:.{decimals}f} ({NOTHING})"
+    return f"{ratio.estimate:.{decimals}f} ({ratio.low:.{decimals}f}–{ratio.high:.{decimals}f})"
+
+
+def _quantile(cell: Cell, name: str) -> str:
+    return "∞" if name in cell.infinite else significant(getattr(cell, f"{name}_us"))
+
+
+def _has(cell: Cell, name: str) -> bool:
+    return _quantile(cell, name) != NOTHING
+
+
+def _unique(values: Iterable[_T]) -> list[_T]:
+    return list(dict.fromkeys(values))
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """`digits` significant digits, whole numbers in full; – where there is no figure."""
+    if value is None:
+        return NOTHING
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2]) if value else digits  # of the rounded value
+    decimals = max(0, digits - 1 - exponent)
+    return f"{value:,.{decimals}f}"
