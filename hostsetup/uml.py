@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from hostsetup.guest import Guest, refuse_long
+from images import shell
 
 SHM = Path("/dev/shm")
 SPARE_MIB = 64
@@ -20,8 +21,11 @@ class Uml(Guest):
         return Path("/tmp")
 
     def _boot(self) -> None:
+        root = self.scratch / "root.ext4"  # the command line is cut at spaces, which a path of the user's may hold
+        if not shell.dry_run():
+            root.symlink_to(self.rootfs)
         words = [
-            f"mem={self.spec.mem_mib}M", f"ubd0r={self.rootfs}", "root=/dev/ubda", "ro", "rootfstype=ext4",
+            f"mem={self.spec.mem_mib}M", f"ubd0r={root}", "root=/dev/ubda", "ro", "rootfstype=ext4",
             "init=/sbin/guest-init", "con=null", "con0=null,fd:1", "console=tty0", "quiet", "panic=1",
             f"vec0:transport=tap,ifname={self.slot.tap},depth=128,gro=1", f"uml_dir={self.scratch}", "umid=guest",
             *self.guest_words(),
