@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,6 +26,7 @@ from loadtest._schema import (
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 CLOCK_TOLERANCE = 0.01
+STOLEN_TOLERANCE = 0.01
 
 
 def summarise(run: Path, baseline: str | None = None) -> Summary:
@@ -36,7 +38,7 @@ def summarise(run: Path, baseline: str | None = None) -> Summary:
     targets = [msgspec.structs.replace(target, caveats=_of_target(target)) for target in folder.targets]
     cells = _cells(folder, base, logs)
     batch, differences = _batch(folder, base)
-    run_caveats = [*folder.manifest.get("caveats", []), *notes, *folder.gaps, *differences]
+    run_caveats = [*folder.manifest.get("caveats", []), *notes, *folder.gaps, *differences, *_stolen(folder.manifest)]
     if cells:
         dropped = sum(cell.warmup_requests for cell in cells)
         total = dropped + sum(cell.requests for cell in cells)
@@ -68,6 +70,15 @@ def _baseline(folder: Folder, wanted: str | None) -> tuple[str | None, list[str]
     if wanted is None and base is not None and planned != base:
         return base, [f"ratios are over {base}: {planned}, the plan's first target, is emulated or was not measured"]
     return base, []
+
+
+def _stolen(manifest: dict[str, Any]) -> list[str]:
+    before, after = manifest.get("cpu_time_before"), manifest.get("cpu_time_after")
+    if not before or not after or after["total_s"] <= before["total_s"]:
+        return []
+    share = (after["stolen_s"] - before["stolen_s"]) / (after["total_s"] - before["total_s"])
+    text = f"all figures: the hypervisor under this machine gave {share:.1%} of its CPU time to others during the run"
+    return [text] if share > STOLEN_TOLERANCE else []
 
 
 def _of_target(target: Target) -> list[str]:

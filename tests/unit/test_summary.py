@@ -282,3 +282,11 @@ print(cell.requests, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
     requests, grown_kib = map(int, done.stdout.split())
     assert requests == 3_000_000 and grown_kib * 1024 / requests < 120
+
+
+def test_cpu_time_that_the_hypervisor_took_is_a_caveat(tmp_path: Path) -> None:
+    before, after = {"total_s": 100.0, "stolen_s": 1.0}, {"total_s": 300.0, "stolen_s": 6.0}
+    make(tmp_path, [target("a")], rounds=3, cpu_time_before=before, cpu_time_after=after)
+    assert any("gave 2.5% of its CPU time to others" in caveat for caveat in summarise(tmp_path).run_caveats)
+    make(tmp_path, [target("a")], rounds=3, cpu_time_before=before, cpu_time_after=after | {"stolen_s": 1.5})
+    assert not any("CPU time" in caveat for caveat in summarise(tmp_path).run_caveats)
