@@ -27,6 +27,7 @@ from hostsetup.namespaces import host_root
 from images import shell, store
 from images.errors import IsolatencyError, UsageError
 
+CONTAINERD = Path("/run/containerd")
 COMMAND_STOP_S = 15.0
 _INTERRUPT = signal.SIGUSR1  # from `run` to process 1: a SIGINT that was sent to `run` alone
 _OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
@@ -142,6 +143,9 @@ class _Inner:
     def _listen(self) -> None:
         """The engine's socket. Without dockerd or without root it does not exist, so nobody reaches another engine."""
         if machine.find("dockerd") and host_root():
+            # The machine's own containerd, if one runs, would be taken by dockerd and start containers outside of us.
+            CONTAINERD.mkdir(exist_ok=True)
+            shell.run(["mount", "-t", "tmpfs", "tmpfs", CONTAINERD])
             self._listener = socket.socket(socket.AF_UNIX)
             self._listener.bind(str(self._runtime / "docker.sock"))
             self._listener.listen(64)

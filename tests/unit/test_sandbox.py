@@ -250,3 +250,28 @@ def test_a_file_of_the_users_folder_is_not_imported(tmp_path: Path) -> None:
         [ISOLATENCY, "sandbox", "--", "pwd"], capture_output=True, text=True, timeout=120, cwd=tmp_path
     )
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}\n"), done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the engine needs root; run the tests as root")
+def test_the_machines_own_containerd_is_out_of_reach(tmp_path: Path) -> None:
+    """dockerd takes a containerd that it finds in /run, and that one would start containers outside of the sandbox."""
+    if shutil.which("dockerd", path=os.environ["PATH"] + ":/usr/sbin") is None:
+        pytest.skip("no dockerd; isolatency setup installs it")
+    script = f"""
+import os, socket, subprocess
+os.makedirs("/run/containerd", exist_ok=True)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("/run/containerd/isolatency-test.sock")
+subprocess.run([{ISOLATENCY!r}, "sandbox", "--", "ls", "-A", "/run/containerd"])
+"""
+    inside = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mkdir -p /run/containerd && mount -t tmpfs tmpfs /run/containerd && exec "$@"',
+        "sh",
+    ]
+    done = subprocess.run([*inside, sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
