@@ -24,6 +24,7 @@ from loadtest._drive import drive
 from loadtest._plan import Machine, Plan, save, validate
 from loadtest._record import Record
 
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SPARE_MIB = 1024  # what the host itself and the load client keep
 NESTED_MIB = 2048  # the emulated host around a nested Firecracker
 START_S = {"process": 2, "docker": 3, "uml": 4, "qemu": 10, "firecracker": 30, "url": 1}
@@ -240,14 +241,14 @@ def _measure(
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGINT end a run in the same way, once: a second one must not cut the way down short."""
+    """Each of ENDINGS ends a run in the same way, once: a second one must not cut the way down short."""
 
     def interrupt(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for ending in ENDINGS:
+            signal.signal(ending, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {ending: signal.signal(ending, interrupt) for ending in ENDINGS}
     try:
         yield
     finally:
