@@ -25,7 +25,7 @@ HOW_TO_READ = (
     "A ratio is a target's figure over the baseline's, so that 1.10 is a tenth more time (or, for "
     "req/s, a tenth more requests), and the brackets hold its 95 % interval; one that holds 1.00 leaves open whether "
     "there is a difference. The intervals are about these started instances only, and two fresh starts of one program "
-    "differ by about 1 % at p50, which no interval here contains.",
+    "differ too, which no interval here contains.",
     "The process is reached over loopback, so what Docker's bridge and a guest's tap cost counts as isolation.",
 )
 
