@@ -73,16 +73,26 @@ class Record:
             )
 
     def memory(self, one: Live) -> None:
-        """Sum of PSS over the target's processes on the host, in MiB; shared memory counts once in all."""
-        total = 0
+        """Sum of PSS over the target's processes on the host, in MiB; shared memory counts once in all.
+
+        Null where none lives, and where this user may not read it of all of them: a part would be a wrong figure.
+        """
+        shares: list[int] = []
+        unread = False
         for pid in one.target.pids():
             try:
-                total += psutil.Process(pid).memory_full_info().pss
+                shares.append(psutil.Process(pid).memory_full_info().pss)
             except psutil.NoSuchProcess:
                 continue
+            except psutil.AccessDenied:
+                unread = True
         for target in self._targets:
-            if target["name"] == one.endpoint.name and one.endpoint.kind != "url":
-                target["host_memory_mib"] = round(total / 2**20, 1)
+            if target["name"] == one.endpoint.name:
+                target["host_memory_mib"] = round(sum(shares) / 2**20, 1) if shares and not unread else None
+                if unread:
+                    target["caveats"].append(
+                        "host memory unknown: this user may not read it of all its processes; run as root"
+                    )
         self.save()
 
     def save(self) -> None:
@@ -91,9 +101,17 @@ class Record:
         _write(self.path / "manifest.json", values)
 
     def close(self) -> None:
-        self.caveats += _samples.join(self.path)
-        self._manifest |= _manifest.end()
-        self.save()
+        """Join the phases' files, note the end. Raises IsolatencyError where the disk is full: then the phases' files
+        stay as they are, and the report reads those."""
+        try:
+            self.caveats += _samples.join(self.path)
+        except IsolatencyError as error:
+            self.errors.append(str(error))
+            self.partial = True
+            raise
+        finally:
+            self._manifest |= _manifest.end()
+            self.save()
 
     def measured(self) -> bool:
         return any((self.path / name).exists() for name in ("samples.parquet", "batch.csv"))
@@ -101,8 +119,11 @@ class Record:
 
 def _write(path: Path, value: Any) -> None:
     fresh = path.with_suffix(".part")
-    with fresh.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2))
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    try:
+        with fresh.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(value), indent=2))
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
