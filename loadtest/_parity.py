@@ -71,6 +71,8 @@ def _compare_identity(reference: Facts, other: Facts, found: Comparison) -> None
     own = [f"{part} of its own" for part in OWN_PARTS if part in other.spec.options]
     if own:
         found.caveats.append(f"{two.label}: {', '.join(own)}; the digest check does not apply to it")
+    elif other.spec.kind == "url" and not one.identity.get("tree_sha256") and not two.identity.get("tree_sha256"):
+        found.caveats.append(f"{two.label}: a server outside of any tree; what it runs is not known to be the same")
     elif one.identity.get("tree_sha256") != two.identity.get("tree_sha256") or not one.identity.get("tree_sha256"):
         found.differences.append(_differs("tree sha256", "tree_sha256", one, two))
     if one.identity.get("blas_kernel") != two.identity.get("blas_kernel"):

@@ -41,6 +41,14 @@ def test_a_digest_that_nobody_knows_is_no_equality() -> None:
     assert compare(facts("a", unknown), facts("b", unknown)).differences == ["tree sha256: a has None, b has None"]
 
 
+def test_a_url_target_outside_of_a_tree_is_said_and_not_stopped() -> None:
+    unknown = SAME | {"tree_sha256": None}
+    there = Facts(facts("a", unknown).endpoint, Spec("a", "url"), OUTPUTS)
+    found = compare(there, there)
+    assert found.differences == [] and "outside of any tree" in found.caveats[0]
+    assert compare(facts("p", SAME), there).differences == ["tree sha256: p has aa, a has None"]
+
+
 def test_an_emulated_cpu_may_pick_another_blas_kernel_but_not_another_tree() -> None:
     found = compare(facts("a", SAME), facts("qemu", SAME | {"blas_kernel": "Haswell"}, accel="tcg"))
     assert found.differences == []
