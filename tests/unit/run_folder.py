@@ -37,13 +37,17 @@ def make(
     models: Sequence[str] = ("knn",),
     jobs: Sequence[tuple[str, str, int, float, float, float]] = (),
     load: bool = True,
+    only: str = "",
     **manifest: Any,
 ) -> Path:
     """A run folder: each round has one block per target and its mirror; a target's latencies are `factors` times the
     same draws. The first round is warm-up, ten times slower. `jobs`: (target, job, repeat, seconds, host, accuracy)."""
     run.mkdir(parents=True, exist_ok=True)
     plan = _plan.Plan(
-        models=tuple(models), loads=("closed-1",), allow_difference=manifest.pop("allow_difference", False)
+        models=tuple(models),
+        loads=("closed-1",),
+        allow_difference=manifest.pop("allow_difference", False),
+        only=only,
     )
     _plan.save(plan, run / "plan.toml")
     facts = {

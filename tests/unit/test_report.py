@@ -122,6 +122,40 @@ def printed(run: Path, width: int = 100) -> list[str]:
     return console.export_text().splitlines()
 
 
+def titles(text: str) -> list[str]:
+    return [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+
+
+def test_a_run_of_batch_jobs_alone_is_whole_and_has_no_table_of_serving(tmp_path: Path) -> None:
+    jobs = [(name, "knn", r, 1.0 + r, 1.0 + r, 0.9) for r in range(3) for name in ("a", "b")]
+    make(tmp_path, [target("a"), target("b")], jobs=jobs, load=False, only="batch")
+    text = text_of(tmp_path)
+    assert "PARTIAL" not in text and "warm-up" not in text and "NOTE" not in text
+    assert titles(text) == [
+        "Targets", "Serving and batch side by side", "Batch jobs", "Batch jobs, over a, with 95 % intervals",
+        "The report of 2023 (mean of 100 runs, of 10 for dnn)", "How to read it",
+    ]  # fmt: skip
+    assert "| b | 2.000 |" in text and "PARTIAL" not in "\n".join(printed(tmp_path))
+
+
+def test_a_run_of_load_alone_is_whole_and_has_no_table_of_jobs(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b")], only="load")
+    text = text_of(tmp_path)
+    assert "PARTIAL" not in text and "batch" not in text.partition("## Targets")[0]
+    assert titles(text) == [
+        "Targets", "Serving and batch side by side", "Serving", "Serving, over a, with 95 % intervals", "How to read it",
+    ]  # fmt: skip
+    assert "2023" not in text
+
+
+def test_the_terminal_says_what_the_report_says_of_the_whole_run(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b")], allow_difference=True, partial=True, errors=["b died"])
+    lines = printed(tmp_path)
+    assert lines[0].startswith("PARTIAL") and lines[1] == "ERROR: b died"
+    wanted = titles(text_of(tmp_path))[:-1]
+    assert all("UNEQUAL TARGETS" in title for title in wanted) and set(wanted) <= set(lines)
+
+
 def test_the_terminal_fits_a_hundred_columns(tmp_path: Path) -> None:
     lines = printed(everything(tmp_path))
     assert max(len(line.rstrip()) for line in lines) <= 100

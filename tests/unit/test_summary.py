@@ -25,9 +25,10 @@ def test_a_target_that_is_a_tenth_slower_has_the_ratio_1_10(tmp_path: Path) -> N
     assert b.ratio is not None and b.ratio.p50 is not None and b.ratio.p99 is not None
     for ratio in (b.ratio.p50, b.ratio.p99):
         assert ratio.estimate == pytest.approx(1.1, rel=1e-4)
-        assert ratio.low is not None and ratio.high is not None and ratio.low <= ratio.estimate <= ratio.high
+        assert ratio.estimate is not None and ratio.low is not None and ratio.high is not None
+        assert ratio.low <= ratio.estimate <= ratio.high
         assert ratio.verdict is None
-    assert a.p50_us == pytest.approx(LATENCY_US, rel=0.02)
+    assert a.p50_us is not None and a.p50_us == pytest.approx(LATENCY_US, rel=0.02)
     assert b.p50_us == pytest.approx(1.1 * a.p50_us, rel=1e-4)
 
 
@@ -64,6 +65,21 @@ def test_no_quantile_without_the_samples_for_it(tmp_path: Path) -> None:
     assert cell.p50_us is not None and cell.p90_us is not None
     assert cell.p99_us is None and cell.p999_us is None
     assert cell.samples_needed == {"p99": 662, "p999": 6636}
+
+
+@pytest.mark.parametrize("requests", [661, 662])
+def test_the_last_sample_that_p99_needs(tmp_path: Path, requests: int) -> None:
+    """Two blocks, of which the second was cut short."""
+    make(tmp_path, [target("a")], per_block=600, rounds=2)
+    samples = pd.read_parquet(tmp_path / "samples.parquet")
+    kept = samples[(samples["block"] < 3) | (samples.groupby("block").cumcount() < requests - 600)]
+    pq.write_table(pa.Table.from_pandas(kept, preserve_index=False).cast(SCHEMA), tmp_path / "samples.parquet")
+    cell = summarise(tmp_path).cells[0]
+    assert cell.requests == requests
+    if requests < 662:
+        assert cell.p99_us is None and cell.samples_needed["p99"] == 662
+    else:
+        assert cell.p99_us is not None and set(cell.samples_needed) == {"p999"}
 
 
 def test_failures_count_as_infinitely_slow(tmp_path: Path) -> None:
@@ -122,6 +138,16 @@ def test_batch_jobs_are_described_and_paired_by_repeat(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("host", "said"), [(1.009, None), (1.011, "+1.1%"), (0.991, None), (0.989, "-1.1%")])
+def test_a_clock_is_named_from_a_hundredth_on(tmp_path: Path, host: float, said: str | None) -> None:
+    """The worst of all repeats counts, not their mean."""
+    make(tmp_path, [target("a")], jobs=[("a", "knn", r, 1.0, 1.0 if r else host, 0.9) for r in range(5)], load=False)
+    found = summarise(tmp_path)
+    assert found.batch[0].host_clock_difference == pytest.approx(host - 1)
+    told = f"batch knn, a: by the host's clock {said} against the target's own"
+    assert found.batch[0].caveats == ([told] if said else []) and (told in found.caveats) == bool(said)
+
+
 def test_accuracy_that_differs_at_equal_scale_is_a_caveat(tmp_path: Path) -> None:
     make(
         tmp_path, [target("a"), target("b")], jobs=[("a", "knn", 0, 1, 1, 0.9), ("b", "knn", 0, 1, 1, 0.8)], load=False
@@ -143,7 +169,8 @@ def test_firecracker_over_docker_where_both_ran_unemulated(tmp_path: Path) -> No
     direct = summarise(tmp_path).direct
     assert direct is not None and (direct.target, direct.over) == ("f", "d")
     assert [cell.ratio.p50.estimate for cell in direct.cells] == [pytest.approx(1.5, rel=1e-4)]
-    assert [(job.job, job.ratio.estimate) for job in direct.batch] == [("knn", pytest.approx(1.1))]
+    assert [job.job for job in direct.batch] == ["knn"]
+    assert direct.batch[0].ratio.estimate == pytest.approx(1.1)
     targets[2] = target("f", kind="firecracker", accel="nested")
     make(tmp_path / "emulated", targets)
     assert summarise(tmp_path / "emulated").direct is None
@@ -244,6 +271,16 @@ def test_requests_of_a_block_that_did_not_end_are_in_no_figure_and_said(tmp_path
     found = summarise(tmp_path)
     assert found.cells[0].requests == 500 and found.cells[0].host_cpu_us_per_request == pytest.approx(100)
     assert "samples: 100 requests of blocks that did not end are in no figure" in found.caveats
+
+
+def test_a_run_that_ended_in_its_warm_up_has_no_figure(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b")], rounds=1, partial=True)
+    found = summarise(tmp_path)
+    assert [(cell.requests, cell.warmup_requests, cell.p50_us, cell.throughput_rps) for cell in found.cells] == [
+        (0, 2000, None, None)
+    ] * 2
+    ratio = found.cells[1].ratio
+    assert ratio is not None and ratio.p50.estimate is None and ratio.p50.reason == "no round that both went through"
 
 
 def test_an_unknown_cpu_time_gives_no_figure(tmp_path: Path) -> None:
