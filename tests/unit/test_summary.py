@@ -158,6 +158,57 @@ def test_accuracy_that_differs_at_equal_scale_is_a_caveat(tmp_path: Path) -> Non
     )
 
 
+def test_accuracy_that_differs_between_repeats_is_no_figure(tmp_path: Path) -> None:
+    make(tmp_path, [target("a")], jobs=[("a", "knn", r, 1, 1, 0.9 - r / 10) for r in range(2)], load=False)
+    found = summarise(tmp_path)
+    assert found.batch[0].accuracy is None
+    assert "batch knn: accuracy differs at equal scale, so the work did: a 0.9/0.8" in found.run_caveats
+
+
+def test_repeats_that_only_one_target_ran_are_in_no_ratio(tmp_path: Path) -> None:
+    """The run ended within the third repeat: what is left are two pairs, too few for an interval."""
+    make(tmp_path, [target("a"), target("b")], jobs=JOBS[:5], load=False)
+    a, b = summarise(tmp_path).batch
+    assert (a.n, b.n) == (3, 2) and b.ratio is not None
+    assert b.ratio.estimate == pytest.approx(1.2) and b.ratio.low is None
+    assert b.ratio.reason == "fewer than 3 repeats"
+
+
+def test_jobs_of_unlike_scale_have_no_ratio(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b")], jobs=JOBS, load=False)
+    rows = pd.read_csv(tmp_path / "batch.csv")
+    rows.loc[rows["target"] == "b", "scale"] = "60 rows"
+    rows.to_csv(tmp_path / "batch.csv", index=False)
+    ratio = summarise(tmp_path).batch[1].ratio
+    assert ratio is not None and (ratio.estimate, ratio.reason) == (
+        None,
+        "the baseline did not run it at this scale",
+    )
+
+
+def test_a_round_that_only_one_target_went_through_is_in_no_ratio(tmp_path: Path) -> None:
+    """The run ended within its last round, in which a is slow: b has no block beside it."""
+    make(tmp_path, [target("a"), target("b")], factors={"b": 1.5})
+    samples, blocks = pd.read_parquet(tmp_path / "samples.parquet"), pd.read_csv(tmp_path / "blocks.csv")
+    last = (samples["round"] == 5).to_numpy()
+    samples.loc[last, "received_ns"] += 10**6
+    samples = samples[~(last & (samples["target"] == "b").to_numpy())]
+    pq.write_table(pa.Table.from_pandas(samples, preserve_index=False).cast(SCHEMA), tmp_path / "samples.parquet")
+    blocks[~((blocks["round"] == 5) & (blocks["target"] == "b"))].to_csv(tmp_path / "blocks.csv", index=False)
+    ratio = summarise(tmp_path).cells[1].ratio
+    assert ratio is not None and ratio.p50.estimate == pytest.approx(1.5, rel=1e-4)
+    assert ratio.p50.low == pytest.approx(1.5, rel=1e-4)
+
+
+def test_of_several_dockers_and_firecrackers_the_first_are_compared(tmp_path: Path) -> None:
+    names = {"d1": 1.0, "d2": 4.0, "f1": 2.0, "f2": 6.0}
+    targets = [target(name, kind="docker" if name[0] == "d" else "firecracker") for name in names]
+    make(tmp_path, targets, factors=names)
+    direct = summarise(tmp_path).direct
+    assert direct is not None and (direct.target, direct.over) == ("f1", "d1")
+    assert direct.cells[0].ratio.p50.estimate == pytest.approx(2.0, rel=1e-4)
+
+
 def test_firecracker_over_docker_where_both_ran_unemulated(tmp_path: Path) -> None:
     targets = [target("p"), target("d", kind="docker"), target("f", kind="firecracker", accel="kvm")]
     jobs = [
