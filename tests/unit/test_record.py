@@ -150,8 +150,11 @@ def test_an_error_is_one_line_and_a_targets_console_is_in_the_log(tmp_path: Path
     record.error(TargetError("native: 3 of 9 requests failed"), partial=False)
     assert not record.incomplete
     record.error(TargetError("b did not answer", detail="Kernel panic\nnot syncing"))
+    record.error(TargetError("uml: 1 of 9 requests failed"), partial=False)
     assert record.incomplete
-    assert manifest(tmp_path)["errors"] == ["native: 3 of 9 requests failed", "b did not answer"]
+    assert manifest(tmp_path)["errors"] == [
+        "native: 3 of 9 requests failed", "b did not answer", "uml: 1 of 9 requests failed",
+    ]  # fmt: skip
     assert (tmp_path / "logs" / "errors.log").read_text() == "b did not answer\nKernel panic\nnot syncing\n\n"
 
 
