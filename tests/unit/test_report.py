@@ -227,6 +227,14 @@ def test_a_folder_that_cannot_be_written_keeps_its_old_report(tmp_path: Path, mo
     assert ((tmp_path / "report.md").read_bytes(), (tmp_path / "summary.json").read_bytes()) == before
 
 
+def test_a_report_that_cannot_be_replaced_leaves_no_half_one(tmp_path: Path) -> None:
+    make(tmp_path, [target("a")])
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        _report.write(tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+
+
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
     [
