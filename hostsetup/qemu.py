@@ -57,10 +57,13 @@ def command(
 
 
 def disks(*files: Path) -> list[str | Path]:
-    """Read-only raw disks, vda first."""
+    """Read-only raw disks, vda first; not locked, since other guests have the same root."""
     words: list[str | Path] = []
     for number, file in enumerate(files):
-        words += ["-drive", f"id=d{number},if=none,format=raw,readonly=on,file={str(file).replace(',', ',,')}"]
+        words += [
+            "-drive",
+            f"id=d{number},if=none,format=raw,readonly=on,file.locking=off,file={str(file).replace(',', ',,')}",
+        ]
         words += ["-device", f"virtio-blk-device,drive=d{number}"]
     return words
 

@@ -24,8 +24,9 @@ class Uml(Guest):
         root = self.scratch / "root.ext4"  # the command line is cut at spaces, which a path of the user's may hold
         if not shell.dry_run():
             root.symlink_to(self.rootfs)
+        # ubd0rc: read-only, and not locked (c), since other guests have the same root.
         words = [
-            f"mem={self.spec.mem_mib}M", f"ubd0r={root}", "root=/dev/ubda", "ro", "rootfstype=ext4",
+            f"mem={self.spec.mem_mib}M", f"ubd0rc={root}", "root=/dev/ubda", "ro", "rootfstype=ext4",
             "init=/sbin/guest-init", "con=null", "con0=null,fd:1", "console=tty0", "quiet", "panic=1",
             f"vec0:transport=tap,ifname={self.slot.tap},depth=128,gro=1", f"uml_dir={self.scratch}", "umid=guest",
             *self.guest_words(),

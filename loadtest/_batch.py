@@ -48,6 +48,7 @@ def run_jobs(plan: Plan, live: Sequence[Live], path: Path, progress: Callable[[s
         rows = csv.writer(file)
         if new:
             rows.writerow(COLUMNS)
+            file.flush()
         for job in plan.jobs:
             for repeat in range(1 if emulated else job.repeats):
                 order = list(live)

@@ -205,6 +205,13 @@ def test_a_root_of_five_gib_is_sparse_and_goes_with_its_guest(new: Maker) -> Non
     assert not file.exists()
 
 
+def test_guests_of_unlike_kinds_share_the_one_root(new: Maker) -> None:
+    """QEMU and User-mode Linux lock the file of their root in ways that shut each other out, unless told not to."""
+    with new("uml") as first, new("qemu") as second:
+        for endpoint in (first, second):
+            assert get(endpoint.url, "/v2/health/ready", timeout_s=TIMEOUT_S)[0] == 200
+
+
 def test_two_guests_at_once_have_each_their_own_tap(new: Maker) -> None:
     with new("uml") as first, new("uml") as second:
         indexes = [int(endpoint.url.split(".")[2]) for endpoint in (first, second)]
