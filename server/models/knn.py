@@ -1,6 +1,6 @@
 """k nearest neighbours, exact, from scratch: Euclidean distance, majority vote, ties by the lower index."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from server.models.base import Array, BadInput, Tensor, no_parameters
 
 DATA = Path(__file__).resolve().parent / "data"
-SCORES_MIB = 8  # float32 scores that are held at once; what is made from them takes at most 10 times as much
+SCORES_MIB = 32  # the most that is scored at once; fewer where the sgemm gains nothing and the cache is left
+PAIRS = 2**18  # candidates that are decided at once, unless one query has more
+BLOCK = 2**16  # float64 numbers of differences that are held at once: half a MiB, for the cache
 GROUP = 16
 UNIT = 2.0**-24  # rounding of float32
 Floats = NDArray[np.float32]
@@ -27,15 +29,15 @@ class Neighbours:
     points, bit for bit, whatever BLAS and whatever the batch. Points are centred and scaled by a power of two first,
     since an offset would use up the digits of float32 and huge values its range.
 
-    Working memory beyond the results: about 11 × SCORES_MIB, or 44 n bytes where that is more.
+    Working memory beyond the results stays below 4 × SCORES_MIB, or 80 (n + d) bytes where that is more.
     """
 
     def __init__(self, points: Array, labels: Array) -> None:
         """points: shape (n, d), float32 or float64, kept as they are; labels: whole numbers, shape (n,)."""
         if points.ndim != 2 or not len(points) or labels.shape != (len(points),):
             raise ValueError(f"wanted n × d points and n labels; found shapes {points.shape} and {labels.shape}")
-        if not np.isfinite(points).all():
-            raise ValueError("wanted points that are finite; found others")
+        if not (np.abs(points) < 1e150).all():  # so that squares are finite, too
+            raise ValueError("wanted points that are finite and below 1e150; found others")
         self.points = points
         self.classes, self._class = np.unique(labels, return_inverse=True)
         self._centre = points.mean(axis=0, dtype=np.float64)
@@ -44,7 +46,7 @@ class Neighbours:
         self._scorer = np.zeros((self._groups * GROUP, d + 1), dtype=np.float32)
         self._scorer[n:, d] = -np.inf  # fills the last group, and is never near
         reach = max((float(np.abs(part - self._centre).max(initial=0)) for _, part in self._parts()), default=0.0)
-        self._scale = 2.0 ** -np.frexp(reach)[1]
+        self._scale = float(np.ldexp(1.0, min(1000, -int(np.frexp(reach)[1]))))
         squares = np.empty(n)
         for rows, part in self._parts():
             moved = (part - self._centre) * self._scale
@@ -53,69 +55,91 @@ class Neighbours:
         self._scorer[:n, d] = -0.5 * squares
         self._radius = float(np.sqrt(squares.max()))
 
-    def _parts(self) -> Any:
+    def _parts(self) -> Iterator[tuple[slice, Array]]:
         """The points a few at a time, so that their float64 form is never whole."""
-        step = max(1, SCORES_MIB * 2**17 // max(1, self.points.shape[1]))
-        for start in range(0, len(self.points), step):
-            yield slice(start, min(start + step, len(self.points))), self.points[start : start + step]
+        for rows in _slices(len(self.points), max(1, BLOCK // max(1, self.points.shape[1]))):
+            yield rows, self.points[rows]
 
     def nearest(self, queries: Array, k: int) -> tuple[Integers, Doubles]:
-        """Indices and Euclidean distances of the k nearest points, nearest first, both of shape (rows, k)."""
+        """Indices and Euclidean distances of the k nearest points, nearest first, both of shape (rows, k).
+
+        queries: shape (rows, d), finite; k from 1 to n, else ValueError.
+        """
+        n, d = self.points.shape
+        if queries.ndim != 2 or queries.shape[1] != d or not 1 <= k <= n:
+            raise ValueError(f"wanted rows × {d} queries and k from 1 to {n}; found shape {queries.shape} and k = {k}")
         found, distances = np.empty((len(queries), k), dtype=np.int64), np.empty((len(queries), k))
-        step = max(1, SCORES_MIB * 2**18 // len(self._scorer))
-        for start in range(0, len(queries), step):
-            part = slice(start, start + step)
-            self._nearest(queries[part], k, found[part], distances[part])
+        most = min(SCORES_MIB, max(8, d // 16)) * 2**18 // (len(self._scorer) + 4 * d)
+        parts = -(-len(queries) // max(1, min(most, PAIRS // (2 * GROUP * k))))
+        for rows in _slices(len(queries), -(-len(queries) // max(1, parts)) or 1):
+            self._decide(queries[rows], k, found[rows], distances[rows])
         return found, np.sqrt(distances, out=distances)
 
-    def _nearest(self, queries: Array, k: int, found: Integers, distances: Doubles) -> None:
-        row, point = self._candidates(queries, k)
+    def _decide(self, queries: Array, k: int, found: Integers, distances: Doubles) -> None:
+        """Write the k nearest of each query and their squared distances."""
+        candidates = self._candidates(queries, k)
+        if candidates is None:
+            half = len(queries) // 2
+            self._decide(queries[:half], k, found[:half], distances[:half])
+            self._decide(queries[half:], k, found[half:], distances[half:])
+            return
+        row, point = candidates
         apart = np.empty(len(row))
-        step = max(1, SCORES_MIB * 2**16 // max(1, queries.shape[1]))
-        for start in range(0, len(row), step):
-            part = slice(start, start + step)
-            difference = np.subtract(self.points[point[part]], queries[row[part]], dtype=np.float64)
-            np.einsum("ij,ij->i", difference, difference, out=apart[part])
+        for pairs in _slices(len(row), max(1, BLOCK // max(1, queries.shape[1]))):
+            difference = np.subtract(self.points[point[pairs]], queries[row[pairs]], dtype=np.float64)
+            np.einsum("ij,ij->i", difference, difference, out=apart[pairs])
         order = np.lexsort((point, apart, row))
         first = np.searchsorted(row, np.arange(len(queries)))  # rows are in order before and after
         best = order[first[:, None] + np.arange(k)]
         found[:], distances[:] = point[best], apart[best]
 
-    def _candidates(self, queries: Array, k: int) -> tuple[Integers, Integers]:
-        """Pairs of a query and a point that may be one of its k nearest, in the order of the queries."""
+    def _candidates(self, queries: Array, k: int) -> tuple[Integers, Integers] | None:
+        """Pairs of a query and a point that may be one of its k nearest, by query; None where they are too many."""
         rows, d = queries.shape
         moved = np.subtract(queries, self._centre, dtype=np.float64)
         moved *= self._scale
         length = np.sqrt(np.einsum("ij,ij->i", moved, moved))
         slack = 2 * (d + 8) * UNIT * self._radius * (length + self._radius)
-        far = ~(slack + length < 1e30)  # float32 may overflow: every point is a candidate
+        far = ~(length < 1e15)  # before float32 overflows every point is a candidate
         moved[far], slack[far] = 0, 1e30
         asked = np.ones((rows, d + 1), dtype=np.float32)
         asked[:, :d] = moved
         scores = asked @ self._scorer.T
-        # The best of each group: k of them are at least as good as the k-th best of these.
         grouped = scores.reshape(rows, GROUP, self._groups)
-        if 4 * k <= self._groups:
-            best = grouped.max(axis=1)
-            bound = np.partition(best, self._groups - k, axis=1)[:, -k] - slack.astype(np.float32)
-            row, group = np.nonzero(best >= bound[:, None])
-            of, member = np.nonzero(grouped[row, :, group] >= bound[row, None])
-            return row[of], member * self._groups + group[of]
-        bound = np.partition(scores, scores.shape[1] - k, axis=1)[:, -k] - slack.astype(np.float32)
-        return np.nonzero(scores >= bound[:, None])
+        near = grouped.max(axis=1) if 4 * k <= self._groups else scores
+        bound = (_reached(near, k) - slack.astype(np.float32))[:, None]
+        hits = np.flatnonzero(near >= bound)
+        if rows > 1 and len(hits) * (scores.size // near.size) > PAIRS:
+            return None
+        row, column = np.divmod(hits, near.shape[1])
+        if near is scores:
+            return row, column
+        hits = np.flatnonzero(grouped[row, :, column] >= bound[row])
+        of, member = np.divmod(hits, GROUP)
+        return row[of], member * self._groups + column[of]
 
     def vote(self, neighbours: Integers) -> tuple[Integers, Integers]:
         """The label that most of each row's neighbours have, a tie by the lower label, and how many have it."""
         labels, votes = np.empty(len(neighbours), dtype=np.int64), np.empty(len(neighbours), dtype=np.int64)
         size = len(self.classes)
-        step = max(1, SCORES_MIB * 2**17 // (size + neighbours.shape[1]))
-        for start in range(0, len(neighbours), step):
-            of = self._class[neighbours[start : start + step]]
+        for rows in _slices(len(neighbours), max(1, PAIRS // (size + neighbours.shape[1]))):
+            of = self._class[neighbours[rows]]
             of += size * np.arange(len(of))[:, None]
             counts = np.bincount(of.reshape(-1), minlength=size * len(of)).reshape(-1, size)
-            labels[start : start + step] = self.classes[counts.argmax(axis=1)]
-            votes[start : start + step] = counts.max(axis=1)
+            labels[rows], votes[rows] = self.classes[counts.argmax(axis=1)], counts.max(axis=1)
         return labels, votes
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def _reached(scores: Floats, k: int) -> Floats:
+    """A value for each row that at least k of its scores reach, and hardly more: the k-th best of groups' maxima."""
+    while 4 * k <= (groups := scores.shape[1] // GROUP):
+        scores = scores[:, : groups * GROUP].reshape(-1, GROUP, groups).max(axis=1)
+    kth: Floats = np.partition(scores, scores.shape[1] - k, axis=1)[:, -k]
+    return kth
 
 
 class KNN:

@@ -1,5 +1,6 @@
 """k nearest neighbours against a slow and obvious version of it."""
 
+import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from server.models.base import BadInput
-from server.models.knn import KNN
+from server.models.knn import GROUP, KNN, SCORES_MIB, Neighbours
 from tests.unit.serving import DATA
 
 
@@ -57,16 +58,130 @@ def test_a_known_row_is_its_own_neighbour(model: KNN, known: tuple[Any, Any]) ->
     assert set(found["votes"]) == {1}
 
 
-def test_equal_distances_go_by_index() -> None:
-    from server.models import knn
+def plain(points: Any, queries: Any, k: int) -> tuple[Any, Any]:
+    """One pair of rows at a time, in float64."""
+    found, apart = [], []
+    for query in queries.astype(np.float64):
+        distances = np.array([np.einsum("j,j->", point - query, point - query) for point in points.astype(np.float64)])
+        order = np.lexsort((np.arange(len(points)), distances))[:k]
+        found.append(order)
+        apart.append(np.sqrt(distances[order]))
+    return np.array(found), np.array(apart)
 
-    distances = np.array([3.0, 1.0, 2.0, 1.0, 2.0, 1.0, 0.0])
-    assert knn._smallest(distances, 1).tolist() == [6]
-    assert knn._smallest(distances, 2).tolist() == [6, 1]
-    assert knn._smallest(distances, 3).tolist() == [6, 1, 3]
-    assert knn._smallest(distances, 5).tolist() == [6, 1, 3, 5, 2]
-    assert knn._smallest(distances, 7).tolist() == [6, 1, 3, 5, 2, 4, 0]
-    assert knn._smallest(np.zeros(5), 3).tolist() == [0, 1, 2]
+
+def sets() -> dict[str, tuple[Any, Any]]:
+    """Points and queries that are hard: each a way for float32 to be wrong or for ties to be many."""
+    chance = np.random.default_rng(11)
+    normal = chance.standard_normal((700, 9)).astype(np.float32)
+    asked = chance.standard_normal((40, 9)).astype(np.float32)
+    whole = chance.integers(0, 3, (700, 4)).astype(np.float32)
+    near = (1 + 1e-7 * normal).astype(np.float64)
+    outlier = normal.copy()
+    outlier[350] = 1e6
+    return {
+        "normal": (normal, asked),
+        "offset": (normal + np.float32(1e4), asked + np.float32(1e4)),
+        "ties": (whole, whole[:40]),
+        "equal points": (np.ones((700, 3), np.float32), chance.standard_normal((40, 3))),
+        "duplicates": (np.tile(normal[:70], (10, 1)), normal[:40]),
+        "near ties": (near, near[::20] + 1e-9),
+        "outlier": (outlier, asked),
+        "far": (normal, asked * np.float32(1e37)),
+        "huge": (normal.astype(np.float64) * 1e100, asked.astype(np.float64) * 1e100),
+        "tiny": (normal * np.float32(1e-42), asked * np.float32(1e-42)),
+        "denormal": (normal.astype(np.float64) * 1e-310, asked.astype(np.float64) * 1e-310),
+        "one point": (normal[:1], asked),
+        "one column": (normal[:, :1], asked[:, :1]),
+        "15": (normal[:15], asked),
+        "16": (normal[:16], asked),
+        "17": (normal[:17], asked),
+    }
+
+
+@pytest.mark.parametrize("name", sets())
+def test_hard_sets_are_answered_as_by_float64_in_any_batch(name: str) -> None:
+    points, queries = sets()[name]
+    n = len(points)
+    model = Neighbours(points, np.arange(n))
+    border = -(-n // GROUP) // 4  # the k up to which groups are used
+    truth, apart = plain(points, queries, n)
+    ks = {k for k in (1, 2, 5, GROUP - 1, GROUP, GROUP + 1, border, border + 1, n - 1, n) if 1 <= k <= n}
+    for k in sorted(ks):
+        found, distances = model.nearest(queries, k)
+        assert np.array_equal(found, truth[:, :k])
+        assert np.array_equal(distances, apart[:, :k])
+        for size in (1, 7, 33):
+            parts = [model.nearest(queries[i : i + size], k) for i in range(0, len(queries), size)]
+            assert np.array_equal(np.concatenate([part[0] for part in parts]), found)
+            assert np.array_equal(np.concatenate([part[1] for part in parts]), distances)
+
+
+def test_every_k_and_every_size_up_to_some_groups() -> None:
+    chance = np.random.default_rng(2)
+    for n in (*range(1, 20), 63, 64, 65, 130, 257):
+        points = chance.integers(0, 4, (n, 3)).astype(np.float32)
+        queries = points[chance.integers(n, size=5)]
+        truth, _ = plain(points, queries, n)
+        model = Neighbours(points, np.zeros(n, dtype=np.int64))
+        for k in range(1, n + 1):
+            assert np.array_equal(model.nearest(queries, k)[0], truth[:, :k])
+
+
+@pytest.mark.parametrize("width", [3, 64, 784])
+def test_a_large_set_in_float32(width: int) -> None:
+    chance = np.random.default_rng(width)
+    points = (chance.standard_normal((5000, width)) + 100).astype(np.float32)
+    queries = (chance.standard_normal((300, width)) + 100).astype(np.float32)
+    model = Neighbours(points, np.zeros(5000, dtype=np.int64))
+    found, distances = model.nearest(queries, 5)
+    truth, apart = plain(points, queries[::60], 5)
+    assert np.array_equal(found[::60], truth)
+    assert np.array_equal(distances[::60], apart)
+    for row in range(0, 300, 7):
+        one, away = model.nearest(queries[row : row + 1], 5)
+        assert np.array_equal(one[0], found[row])
+        assert np.array_equal(away[0], distances[row])
+
+
+@pytest.mark.parametrize(("kind", "k"), [("normal", 5), ("normal", 400), ("ties", 5), ("far", 5), ("normal", 20000)])
+def test_working_memory_has_its_bound(kind: str, k: int) -> None:
+    chance = np.random.default_rng(0)
+    points = chance.standard_normal((20000, 8)).astype(np.float32)
+    queries = chance.standard_normal((2000 if k == 5 else 60, 8)).astype(np.float32)
+    if kind == "ties":
+        points[:] = 1
+        queries = queries[:40]
+    elif kind == "far":
+        queries = queries[:40] * np.float32(1e37)
+    model = Neighbours(points, np.zeros(20000, dtype=np.int64))
+    tracemalloc.start()
+    found = model.nearest(queries, k)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak - sum(part.nbytes for part in found) < 4 * SCORES_MIB * 2**20
+
+
+def test_votes_are_the_labels_own_and_a_tie_goes_to_the_lower() -> None:
+    model = Neighbours(np.arange(6.0)[:, None], np.array([7, -3, 7, -3, 40, 40]))
+    labels, votes = model.vote(np.array([[0, 1, 2], [0, 1, 4], [5, 4, 0], [3, 0, 5]]))
+    assert labels.tolist() == [7, -3, 40, -3]
+    assert votes.tolist() == [2, 1, 2, 1]
+
+
+def test_no_queries_have_no_neighbours() -> None:
+    found, distances = Neighbours(np.zeros((3, 2)), np.zeros(3, dtype=np.int64)).nearest(np.zeros((0, 2)), 2)
+    assert found.shape == distances.shape == (0, 2)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        Neighbours(np.array([[np.nan]]), np.zeros(1, dtype=np.int64))
+    with pytest.raises(ValueError, match="labels"):
+        Neighbours(np.zeros((3, 2)), np.zeros(2, dtype=np.int64))
+    model = Neighbours(np.zeros((3, 2)), np.zeros(3, dtype=np.int64))
+    for queries, k in ((np.zeros((1, 3)), 1), (np.zeros((1, 2)), 0), (np.zeros((1, 2)), 4)):
+        with pytest.raises(ValueError, match="from 1 to 3"):
+            model.nearest(queries, k)
 
 
 def test_an_answer_does_not_depend_on_its_batch(model: KNN, known: tuple[Any, Any]) -> None:
