@@ -1,12 +1,15 @@
-"""A fully connected network from scratch: 784-800-800-10, ReLU, softmax, trained with Adam on the cross-entropy.
+"""A fully connected network from scratch: 784-800-800-10, ReLU, softmax, trained on the cross-entropy by SGD or Adam.
 
 Adam: Kingma and Ba (2015), algorithm 1. Initial weights: He et al. (2015), normal with variance 2 / fan-in.
+All is float32 and in place: what a batch needs is allocated once for the largest batch, and used again.
 """
 
+import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +18,55 @@ from server.models.base import Array, Tensor, no_parameters
 
 LAYERS = (784, 800, 800, 10)
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+ROWS = 256  # rows that go through the network at once; more gain nothing and leave the cache
+BLOCK = 2**14  # parameters that Adam works on at once, for the cache: five arrays of 64 KiB
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
 
-class Network:
-    """Weights and biases in float32, layer by layer: weights[i] has shape (LAYERS[i], LAYERS[i + 1])."""
+class Parameters:
+    """Numbers in one flat array, and views of it layer by layer: weights[i] has shape (layers[i], layers[i + 1])."""
 
-    def __init__(self, weights: Sequence[Floats], biases: Sequence[Floats]) -> None:
-        self.weights = list(weights)
-        self.biases = list(biases)
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = tuple(layers)
+        self.flat = np.zeros(sum((a + 1) * b for a, b in pairwise(layers)), dtype=np.float32)
+        self.weights: list[Floats] = []
+        self.biases: list[Floats] = []
+        start = 0
+        for a, b in pairwise(layers):
+            self.weights.append(self.flat[start : start + a * b].reshape(a, b))
+            self.biases.append(self.flat[start + a * b : start + (a + 1) * b])
+            start += (a + 1) * b
+
+
+class _Space:
+    """What one pass over up to `rows` rows writes to: per layer its outputs, and for training what leads back."""
+
+    def __init__(self, layers: Sequence[int], rows: int, training: bool) -> None:
+        self.rows = rows
+        self._all = [np.empty((rows, size), dtype=np.float32) for size in layers[1:]]
+        self._one = np.empty((rows, 1), dtype=np.float32)
+        self._deltas = [np.empty((rows, size), dtype=np.float32) for size in layers[1:]] if training else []
+        self._masks = [np.empty((rows, size), dtype=np.bool_) for size in layers[1:-1]] if training else []
+        self.use(rows)
+
+    def use(self, rows: int) -> "_Space":
+        if rows != self.rows or not hasattr(self, "outputs"):
+            self.rows = rows
+            self.outputs, self.one = [output[:rows] for output in self._all], self._one[:rows]
+            self.deltas, self.masks = [delta[:rows] for delta in self._deltas], [mask[:rows] for mask in self._masks]
+            self.counter = np.arange(rows)
+        return self
+
+
+class Network(Parameters):
+    """Weights and biases in float32, copied from those given."""
+
+    def __init__(self, weights: Sequence[Array], biases: Sequence[Array]) -> None:
+        super().__init__([len(weights[0]), *(len(bias) for bias in biases)])
+        for own, given in zip(self.weights + self.biases, [*weights, *biases], strict=True):
+            own[:] = given
+        self._kept = threading.local()  # a space for each thread that asks
 
     @classmethod
     def random(cls, seed: int, layers: Sequence[int] = LAYERS) -> "Network":
@@ -34,46 +76,98 @@ class Network:
         return cls(weights, [np.zeros(size, dtype=np.float32) for size in layers[1:]])
 
     def probabilities(self, x: Floats) -> Floats:
-        """Class probabilities, shape (rows, classes), of pixels in 0…1, shape (rows, 784)."""
-        return self._forward(x)[-1]
+        """Class probabilities, shape (rows, classes), of pixels in 0…1, shape (rows, 784).
 
-    def _forward(self, x: Floats) -> list[Floats]:
-        """The output of each layer, the input first, softmax last."""
-        outputs = [x]
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            z = outputs[-1] @ weight
+        Only the result is allocated; the layers between take 4 × ROWS × their sizes, in bytes, once per thread.
+        """
+        found = np.empty((len(x), self.layers[-1]), dtype=np.float32)
+        space: _Space | None = getattr(self._kept, "space", None)
+        if space is None:
+            space = self._kept.space = _Space(self.layers, ROWS, training=False)
+        for start in range(0, len(x), ROWS):
+            part = x[start : start + ROWS]
+            found[start : start + ROWS] = self._forward(part, space.use(len(part)))
+        return found
+
+    def _forward(self, x: Floats, space: _Space) -> Floats:
+        """Write the output of each layer, softmax last, and return that."""
+        h, last = x, len(self.weights) - 1
+        for layer, (weight, bias, z) in enumerate(zip(self.weights, self.biases, space.outputs, strict=True)):
+            np.matmul(h, weight, out=z)
             z += bias
-            outputs.append(np.maximum(z, 0, out=z))
-        z = outputs[-1] @ self.weights[-1]
-        z += self.biases[-1]
-        z -= z.max(axis=1, keepdims=True)
-        np.exp(z, out=z)
-        z /= z.sum(axis=1, keepdims=True)
-        return [*outputs, z]
+            h = np.maximum(z, 0, out=z) if layer < last else z
+        h -= np.max(h, axis=1, keepdims=True, out=space.one)
+        np.exp(h, out=h)
+        h /= np.add.reduce(h, axis=1, keepdims=True, out=space.one)
+        return h
 
     def gradients(self, x: Floats, labels: Labels) -> tuple[list[Floats], list[Floats], float]:
         """Gradients of the mean cross-entropy by weights and biases, and that mean, for one batch."""
-        outputs = self._forward(x)
-        return *self._backward(outputs, labels), _loss(outputs[-1], labels)
+        space, gradient = _Space(self.layers, len(x), training=True), Parameters(self.layers)
+        loss = _loss(self._forward(x, space), labels, space)
+        self._backward(x, labels, space, gradient)
+        return gradient.weights, gradient.biases, loss
 
-    def _backward(self, outputs: Sequence[Floats], labels: Labels) -> tuple[list[Floats], list[Floats]]:
-        """Gradients of the mean cross-entropy by weights and biases, from what _forward gave."""
-        delta = outputs[-1].copy()
-        delta[np.arange(len(labels)), labels] -= 1
+    def _backward(self, x: Floats, labels: Labels, space: _Space, gradient: Parameters) -> None:
+        """Write the gradients of the mean cross-entropy, from what _forward left in the space."""
+        delta = space.deltas[-1]
+        delta[:] = space.outputs[-1]
+        delta[space.counter, labels] -= 1
         delta /= len(labels)
-        by_weight: list[Floats] = []
-        by_bias: list[Floats] = []
         for layer in reversed(range(len(self.weights))):
-            by_weight.append(outputs[layer].T @ delta)
-            by_bias.append(delta.sum(axis=0))
+            before = space.outputs[layer - 1] if layer else x
+            np.matmul(before.T, delta, out=gradient.weights[layer])
+            np.add.reduce(delta, axis=0, out=gradient.biases[layer])
             if layer:
-                delta = delta @ self.weights[layer].T
-                delta *= outputs[layer] > 0
-        return by_weight[::-1], by_bias[::-1]
+                delta = np.matmul(delta, self.weights[layer].T, out=space.deltas[layer - 1])
+                delta *= np.greater(before, 0, out=space.masks[layer - 1])
 
 
-def _loss(probabilities: Floats, labels: Labels) -> float:
-    return float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-30)).mean())
+def _loss(probabilities: Floats, labels: Labels, space: _Space) -> float:
+    return float(-np.log(np.maximum(probabilities[space.counter, labels], 1e-30)).mean())
+
+
+class _SGD:
+    """Against the gradient, by the rate."""
+
+    def __init__(self, values: Floats, rate: float) -> None:
+        self._values, self._rate = values, np.float32(rate)
+
+    def step(self, gradient: Floats) -> None:
+        gradient *= self._rate  # it is not needed any more
+        self._values -= gradient
+
+
+class _Adam:
+    """Moments of the gradient; block by block, so that every pass over a block finds it in the cache."""
+
+    def __init__(self, values: Floats, rate: float) -> None:
+        self._rate, self._steps = rate, 0
+        self._space = np.empty(min(BLOCK, len(values)), dtype=np.float32)
+        first, second = np.zeros_like(values), np.zeros_like(values)
+        self._blocks = []
+        for start in range(0, len(values), BLOCK):
+            part = slice(start, min(start + BLOCK, len(values)))
+            self._blocks.append((part, values[part], first[part], second[part], self._space[: part.stop - start]))
+
+    def step(self, gradient: Floats) -> None:
+        self._steps += 1
+        size = np.float32(self._rate * math.sqrt(1 - BETA2**self._steps) / (1 - BETA1**self._steps))
+        b1, b2, c1, c2, epsilon = map(np.float32, (BETA1, BETA2, 1 - BETA1, 1 - BETA2, EPSILON))
+        for part, value, m, v, space in self._blocks:
+            g = gradient[part]
+            m *= b1
+            np.multiply(g, c1, out=space)
+            m += space
+            v *= b2
+            np.multiply(g, g, out=space)
+            space *= c2
+            v += space
+            np.sqrt(v, out=space)
+            space += epsilon
+            np.divide(m, space, out=space)
+            space *= size
+            value -= space
 
 
 class Epoch(NamedTuple):
@@ -85,46 +179,34 @@ class Epoch(NamedTuple):
 
 def train(
     network: Network, x: Floats, labels: Labels, *, epochs: int, batch: int, seed: int, rate: float = 1e-3,
-    progress: Callable[[float], None] | None = None,
+    optimiser: Literal["adam", "sgd"] = "adam", progress: Callable[[float], None] | None = None,
 ) -> list[Epoch]:  # fmt: skip
-    """Adam on shuffled batches, in place. Raises FloatingPointError when the loss is no number any more."""
+    """Learn from shuffled batches, in place. Raises FloatingPointError when the loss is no number any more; the
+    network then is as it was before that batch."""
     chance = np.random.default_rng(seed)
-    values = network.weights + network.biases
-    first = [np.zeros_like(value) for value in values]
-    second = [np.zeros_like(value) for value in values]
-    scratch = [np.empty_like(value) for value in values]
+    gradient = Parameters(network.layers)
+    learn = (_Adam if optimiser == "adam" else _SGD)(network.flat, rate)
+    batch = min(batch, len(x))
+    space = _Space(network.layers, batch, training=True)
+    rows = np.empty((batch, x.shape[1]), dtype=np.float32)
     done: list[Epoch] = []
-    step = 0
     for epoch in range(epochs):
         order = chance.permutation(len(x))
-        loss, right = 0.0, 0
+        total, right = 0.0, 0
         for start in range(0, len(x), batch):
             chosen = order[start : start + batch]
-            truth = labels[chosen]
-            outputs = network._forward(x[chosen])
-            loss += _loss(outputs[-1], truth) * len(chosen)
-            right += int((outputs[-1].argmax(axis=1) == truth).sum())
-            by_weight, by_bias = network._backward(outputs, truth)
-            step += 1
-            size = np.float32(rate * np.sqrt(1 - BETA2**step) / (1 - BETA1**step))
-            for value, gradient, m, v, space in zip(values, by_weight + by_bias, first, second, scratch, strict=True):
-                m *= np.float32(BETA1)
-                np.multiply(gradient, np.float32(1 - BETA1), out=space)
-                m += space
-                v *= np.float32(BETA2)
-                np.multiply(gradient, gradient, out=space)
-                space *= np.float32(1 - BETA2)
-                v += space
-                np.sqrt(v, out=space)
-                space += np.float32(EPSILON)
-                np.divide(m, space, out=space)
-                space *= size
-                value -= space
+            truth, here = labels[chosen], np.take(x, chosen, axis=0, out=rows[: len(chosen)], mode="clip")
+            found = network._forward(here, space.use(len(chosen)))
+            loss = _loss(found, truth, space)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} in epoch {epoch + 1}; lower the rate")
+            total += loss * len(chosen)
+            right += int((found.argmax(axis=1) == truth).sum())
+            network._backward(here, truth, space, gradient)
+            learn.step(gradient.flat)
             if progress is not None:
                 progress((epoch + min(start + batch, len(x)) / len(x)) / epochs)
-        done.append(Epoch(loss / len(x), right / len(x)))
-        if not np.isfinite(done[-1].loss):
-            raise FloatingPointError(f"the loss of epoch {epoch + 1} is {done[-1].loss}; lower the rate")
+        done.append(Epoch(total / len(x), right / len(x)))
     return done
 
 

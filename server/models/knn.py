@@ -14,7 +14,7 @@ SCORES_MIB = 32  # the most that is scored at once; fewer where the sgemm gains 
 PAIRS = 2**18  # candidates that are decided at once, unless one query has more
 BLOCK = 2**16  # float64 numbers of differences that are held at once: half a MiB, for the cache
 GROUP = 16
-UNIT = 2.0**-24  # rounding of float32
+UNIT, LEAST = 2.0**-24, 2.0**-120  # rounding of float32: relative; absolute where numbers are tiny, with room
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -36,7 +36,7 @@ class Neighbours:
         """points: shape (n, d), float32 or float64, kept as they are; labels: whole numbers, shape (n,)."""
         if points.ndim != 2 or not len(points) or labels.shape != (len(points),):
             raise ValueError(f"wanted n × d points and n labels; found shapes {points.shape} and {labels.shape}")
-        if not (np.abs(points) < 1e150).all():  # so that squares are finite, too
+        if not (np.abs(points) < np.float64(1e150)).all():  # so that squares are finite, too
             raise ValueError("wanted points that are finite and below 1e150; found others")
         self.points = points
         self.classes, self._class = np.unique(labels, return_inverse=True)
@@ -46,7 +46,7 @@ class Neighbours:
         self._scorer = np.zeros((self._groups * GROUP, d + 1), dtype=np.float32)
         self._scorer[n:, d] = -np.inf  # fills the last group, and is never near
         reach = max((float(np.abs(part - self._centre).max(initial=0)) for _, part in self._parts()), default=0.0)
-        self._scale = float(np.ldexp(1.0, min(1000, -int(np.frexp(reach)[1]))))
+        self._scale = float(np.ldexp(1.0, min(400, -int(np.frexp(reach)[1]))))
         squares = np.empty(n)
         for rows, part in self._parts():
             moved = (part - self._centre) * self._scale
@@ -99,7 +99,7 @@ class Neighbours:
         moved = np.subtract(queries, self._centre, dtype=np.float64)
         moved *= self._scale
         length = np.sqrt(np.einsum("ij,ij->i", moved, moved))
-        slack = 2 * (d + 8) * UNIT * self._radius * (length + self._radius)
+        slack = 2 * (d + 8) * (UNIT * self._radius * (length + self._radius) + LEAST * (length + 1))
         far = ~(length < 1e15)  # before float32 overflows every point is a candidate
         moved[far], slack[far] = 0, 1e30
         asked = np.ones((rows, d + 1), dtype=np.float32)

@@ -90,6 +90,7 @@ def sets() -> dict[str, tuple[Any, Any]]:
         "huge": (normal.astype(np.float64) * 1e100, asked.astype(np.float64) * 1e100),
         "tiny": (normal * np.float32(1e-42), asked * np.float32(1e-42)),
         "denormal": (normal.astype(np.float64) * 1e-310, asked.astype(np.float64) * 1e-310),
+        "almost denormal": (normal.astype(np.float64) * 1e-140, asked.astype(np.float64) * 1e-120),
         "one point": (normal[:1], asked),
         "one column": (normal[:, :1], asked[:, :1]),
         "15": (normal[:15], asked),
