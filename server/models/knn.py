@@ -14,7 +14,8 @@ SCORES_MIB = 32  # the most that is scored at once; fewer where the sgemm gains 
 PAIRS = 2**18  # candidates that are decided at once, unless one query has more
 BLOCK = 2**16  # float64 numbers of differences that are held at once: half a MiB, for the cache
 GROUP = 16
-UNIT, LEAST = 2.0**-24, 2.0**-120  # rounding of float32: relative; absolute where numbers are tiny, with room
+UNIT, UNIT_64 = 2.0**-24, 2.0**-53  # rounding of float32 and, which tells for a query far from all, of float64
+LEAST = 2.0**-120  # rounding of tiny float32 numbers, with room
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -99,7 +100,8 @@ class Neighbours:
         moved = np.subtract(queries, self._centre, dtype=np.float64)
         moved *= self._scale
         length = np.sqrt(np.einsum("ij,ij->i", moved, moved))
-        slack = 2 * (d + 8) * (UNIT * self._radius * (length + self._radius) + LEAST * (length + 1))
+        reach = length + self._radius
+        slack = 2 * (d + 8) * (UNIT * self._radius * reach + UNIT_64 * reach**2 + LEAST * (length + 1))
         far = ~(length < 1e15)  # before float32 overflows every point is a candidate
         moved[far], slack[far] = 0, 1e30
         asked = np.ones((rows, d + 1), dtype=np.float32)

@@ -87,6 +87,7 @@ def sets() -> dict[str, tuple[Any, Any]]:
         "near ties": (near, near[::20] + 1e-9),
         "outlier": (outlier, asked),
         "far": (normal, asked * np.float32(1e37)),
+        **{f"{size:g} away": (normal, asked * np.float32(size)) for size in (1e3, 1e5, 1e7, 1e8, 1e9, 1e12, 1e15)},
         "huge": (normal.astype(np.float64) * 1e100, asked.astype(np.float64) * 1e100),
         "tiny": (normal * np.float32(1e-42), asked * np.float32(1e-42)),
         "denormal": (normal.astype(np.float64) * 1e-310, asked.astype(np.float64) * 1e-310),
