@@ -1,6 +1,9 @@
 """The network from scratch: its gradients against differences, Adam against its paper, the weights by their accuracy."""
 
 import itertools
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -120,6 +123,79 @@ def test_a_loss_that_is_no_number_is_an_error() -> None:
     network, x, labels = small(9)
     with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="epoch"):
         train(network, x * np.float32(np.nan), labels, epochs=1, batch=4, seed=1)
+
+
+def test_such_a_loss_stops_before_the_weights_are_spoilt() -> None:
+    network, x, labels = small(9)
+    before = network.flat.copy()
+    x[0] = np.inf
+    with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="epoch 1"):
+        train(network, x, labels, epochs=1, batch=7, seed=1, optimiser="sgd")
+    assert np.array_equal(network.flat, before)
+
+
+def test_sgd_goes_against_the_gradient_by_the_rate() -> None:
+    network, x, labels = small(4)
+    plain = Network(network.weights, network.biases)
+    for _ in range(5):
+        by_weight, by_bias, _ = plain.gradients(x, labels)
+        for value, gradient in zip(plain.weights + plain.biases, by_weight + by_bias, strict=True):
+            value -= np.float32(0.1) * gradient
+    train(network, x, labels, epochs=5, batch=len(x), seed=0, rate=0.1, optimiser="sgd")
+    assert network.flat == pytest.approx(plain.flat, abs=1e-6)
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "sgd"])
+def test_seeds_give_the_same_weights_again(optimiser: Literal["adam", "sgd"]) -> None:
+    x, labels = digits()
+    found = []
+    for seed in (5, 5, 6):
+        network = Network.random(seed, (784, 30, 10))
+        train(network, x[:210], labels[:210], epochs=2, batch=32, seed=seed, rate=0.01, optimiser=optimiser)
+        found.append(network.flat)
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+def test_inference_allocates_its_result_only() -> None:
+    network, x = Network.random(1), digits()[0][:600]
+    network.probabilities(x)  # makes the buffers
+    for rows in (1, 64, 600):
+        tracemalloc.start()
+        found = network.probabilities(x[:rows])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < found.nbytes + 65536  # numpy's own buffers for broadcasting; a layer of 64 rows has 204,800
+
+
+def test_a_step_of_training_allocates_no_layer() -> None:
+    """Four epochs take no more memory than one."""
+    x, labels = digits()
+    peaks = []
+    for epochs in (1, 4):
+        network = Network.random(1, (784, 100, 10))
+        tracemalloc.start()
+        train(network, x[:256], labels[:256], epochs=epochs, batch=64, seed=1)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 20_000  # weights: 317,000; a layer of a batch: 25,600
+
+
+def test_answers_do_not_share_memory_and_threads_do_not_share_buffers() -> None:
+    network, x = Network.random(2, (784, 50, 10)), digits()[0][:400]
+    one = network.probabilities(x[:3])
+    kept = one.copy()
+    network.probabilities(x[3:6])
+    assert np.array_equal(one, kept)
+    parts = [x[i : i + 40] for i in range(0, 400, 40)] * 20
+    truth = [network.probabilities(part) for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(network.probabilities, parts), truth, strict=True):
+            assert np.array_equal(found, wanted)
+
+
+def test_no_rows_have_no_probabilities() -> None:
+    assert Network.random(2, SMALL).probabilities(np.zeros((0, 6), dtype=np.float32)).shape == (0, 3)
 
 
 def test_the_network_is_the_reports() -> None:
