@@ -1,6 +1,7 @@
-"""Open Inference Protocol v2 over REST, tensors in JSON: requests to arrays, arrays to responses, errors.
+"""Open Inference Protocol v2 over REST: requests to arrays, arrays to responses, errors; tensors in JSON or binary.
 
-The protocol: https://github.com/open-inference/open-inference-protocol. The binary extension is not offered yet.
+The protocol: https://github.com/open-inference/open-inference-protocol. Binary tensors, Triton's extension:
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
 
 import math
@@ -11,136 +12,206 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from server.models.base import BadInput, Model, Tensor
+from server import tensors
+from server.models.base import Array, BadInput, Model, Tensor
+from server.tensors import kind, short
 
-NAMES = {"i8": "INT64", "f4": "FP32"}
+# Hints to a scheduler that tritonclient sends; a server without a queue honours them by answering at once.
+HINTS = ("timeout", "priority")
+
+
+class NotOffered(Exception):
+    """Something of Triton's that this server does not do; the text names it."""
+
+
+class Output(NamedTuple):
+    name: str
+    binary: bool
 
 
 class Request(NamedTuple):
-    """A request that fits its model: `x` of shape (rows, width), `outputs` the names wanted, in order."""
+    """A request that fits its model: arrays in the model's data types and shapes, `outputs` in the order wanted."""
 
     id: str | None
-    x: NDArray[np.float32]
+    inputs: Mapping[str, Array]
     parameters: Mapping[str, Any]
-    outputs: tuple[str, ...]
+    outputs: tuple[Output, ...]
+
+    @property
+    def x(self) -> Array:
+        """The first input, shape (rows, width)."""
+        return next(iter(self.inputs.values()))
 
 
-def parse(body: bytes, model: Model) -> Request:
-    """Read an infer request for `model`. Raises BadInput with what was wanted and what was found."""
+class Response(NamedTuple):
+    """A body; `json_bytes` of it are JSON and the rest are tensors, or it is None and all is JSON."""
+
+    body: bytes
+    json_bytes: int | None
+
+
+def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
+    """Read an infer request for `model`; `json_bytes` is the header Inference-Header-Content-Length.
+
+    Raises BadInput with what was wanted and what was found, NotOffered for shared memory and classification.
+    """
+    length = _length(json_bytes, len(body))
+    if length == 0:
+        return _bare(body, model)
     try:
-        message = orjson.loads(body)
+        message = orjson.loads(memoryview(body)[:length])
     except orjson.JSONDecodeError as error:
         raise BadInput(f"wanted a JSON body; it could not be parsed: {error}") from None
     if not isinstance(message, dict):
-        raise BadInput(f"wanted a JSON object; found {_kind(message)}")
+        raise BadInput(f"wanted a JSON object; found {kind(message)}")
     identifier = message.get("id")
     if identifier is not None and not isinstance(identifier, str):
-        raise BadInput(f"wanted a string for id; found {_kind(identifier)}")
-    parameters = message.get("parameters")
-    if parameters is not None and not isinstance(parameters, dict):
-        raise BadInput(f"wanted an object for parameters; found {_kind(parameters)}")
-    x, outputs = _input(message.get("inputs"), model), _outputs(message.get("outputs"), model)
-    return Request(identifier, x, parameters or {}, outputs)
+        raise BadInput(f"wanted a string for id; found {kind(identifier)}")
+    parameters = dict(_object(message, "parameters"))
+    all_binary = _flag(parameters.pop("binary_data_output", False), "binary_data_output")
+    for hint in HINTS:
+        value = parameters.pop(hint, 0)
+        if type(value) is not int or value < 0:
+            raise BadInput(f"wanted a whole number, 0 or more, for {hint}; found {short(value)}")
+    outputs = _outputs(message.get("outputs"), model, all_binary)
+    tail = None if length is None else memoryview(body)[length:]
+    return Request(identifier, _inputs(message.get("inputs"), model, tail), parameters, outputs)
 
 
-def _input(inputs: Any, model: Model) -> NDArray[np.float32]:
+def _length(header: str | None, most: int) -> int | None:
+    if header is None:
+        return None
+    if not (header.isascii() and header.isdecimal() and len(header) < 20 and int(header) <= most):
+        raise BadInput(f"Inference-Header-Content-Length wants the length of the JSON, at most the body's {most} "
+                       f"bytes; found {short(header)}")  # fmt: skip
+    return int(header)
+
+
+def _bare(body: bytes, model: Model) -> Request:
+    """A body without JSON is the one input's bytes; its rows follow from its length."""
+    if len(model.inputs) != 1 or model.inputs[0].shape.count(-1) > 1:
+        raise BadInput(f"model {model.name} wants its inputs described in JSON; found a body of bytes alone")
     wanted = model.inputs[0]
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        found = f"{len(inputs)} of them" if isinstance(inputs, list) else _kind(inputs)
-        raise BadInput(f"model {model.name} wants one input, {wanted.name!r}, in the list inputs; found {found}")
-    tensor = inputs[0]
-    if tensor.get("name") != wanted.name:
-        raise BadInput(f"model {model.name} wants the input {wanted.name!r}; found {_short(tensor.get('name'))}")
-    if tensor.get("datatype") != wanted.datatype:
-        raise BadInput(
-            f"input {wanted.name!r} wants the datatype {wanted.datatype}; found {_short(tensor.get('datatype'))}"
-        )
-    shape = _shape(tensor.get("shape"), wanted)
-    if "data" not in tensor:
-        raise BadInput(f"input {wanted.name!r} has no data; tensors are taken in JSON")
-    return _values(tensor["data"], shape, wanted.name)
+    dtype = tensors.DTYPES[wanted.datatype]
+    row = dtype.itemsize * math.prod(size for size in wanted.shape if size != -1)
+    if not body or len(body) % row:
+        raise BadInput(f"input {wanted.name!r} wants a multiple of {row} bytes; found {len(body)}")
+    size = tuple(len(body) // row if known == -1 else known for known in wanted.shape)
+    inputs = {wanted.name: tensors.from_bytes(body, dtype, size, wanted)}
+    return Request(None, inputs, {}, tuple(Output(output.name, True) for output in model.outputs))
 
 
-def _values(data: Any, shape: tuple[int, ...], name: str) -> NDArray[np.float32]:
-    try:
-        values = np.asarray(data)
-    except ValueError:
-        raise BadInput(f"input {name!r} wants numbers, in rows of equal length; found other data") from None
-    size = math.prod(shape)
-    if values.shape not in ((size,), shape):
-        raise BadInput(f"input {name!r} of shape {list(shape)} wants {size} values, flat or in that shape; found "
-                       f"data of shape {list(values.shape)}")  # fmt: skip
-    if values.dtype.kind not in "iuf":
-        raise BadInput(f"input {name!r} wants numbers; found other values among its data")
-    with np.errstate(over="ignore"):  # becomes infinity, which is refused below
-        x = values.astype(np.float32).reshape(shape)
-    if not np.isfinite(x).all():
-        raise BadInput(f"input {name!r} wants values that are finite in FP32; found others")
-    return x
+def _inputs(inputs: Any, model: Model, tail: memoryview | None) -> dict[str, Array]:
+    known = {tensor.name: tensor for tensor in model.inputs}
+    if not isinstance(inputs, list) or not all(isinstance(one, dict) for one in inputs):
+        raise BadInput(f"model {model.name} wants a list of objects for inputs; found {kind(inputs)}")
+    if len(inputs) != len(known):
+        raise BadInput(f"model {model.name} wants the inputs {', '.join(known)}; found {len(inputs)} of them")
+    found: dict[str, Array] = {}
+    start = 0
+    for tensor in inputs:
+        name = tensor.get("name")
+        if not isinstance(name, str) or name not in known or name in found:
+            raise BadInput(f"model {model.name} wants the inputs {', '.join(known)}, each once; found {short(name)}")
+        wanted = known[name]
+        dtype, size = tensors.datatype(tensor.get("datatype"), wanted), tensors.shape(tensor.get("shape"), wanted)
+        parameters = _object(tensor, "parameters")
+        _no_shared_memory(parameters)
+        if "binary_data_size" not in parameters:
+            if "data" not in tensor:
+                raise BadInput(f"input {name!r} has neither data nor the parameter binary_data_size")
+            found[name] = tensors.from_json(tensor["data"], dtype, size, wanted)
+            continue
+        count = parameters["binary_data_size"]
+        if "data" in tensor or tail is None:
+            other = "data as well" if "data" in tensor else "no header Inference-Header-Content-Length"
+            raise BadInput(f"input {name!r} has the parameter binary_data_size; found {other}")
+        if type(count) is not int or not 0 <= count <= len(tail) - start:
+            raise BadInput(f"input {name!r} wants a binary_data_size of at most the {len(tail) - start} bytes that "
+                           f"are left in the body; found {short(count)}")  # fmt: skip
+        found[name] = tensors.from_bytes(bytes(tail[start : start + count]), dtype, size, wanted)
+        start += count
+    if tail is not None and start != len(tail):
+        raise BadInput(f"the inputs take {start} bytes after the JSON; found {len(tail)}")
+    return {name: found[name] for name in known}
 
 
-def _shape(shape: Any, wanted: Tensor) -> tuple[int, ...]:
-    fits = (
-        isinstance(shape, list)
-        and len(shape) == len(wanted.shape)
-        and all(type(size) is int and size >= 1 for size in shape)
-        and all(known in (-1, size) for size, known in zip(shape, wanted.shape, strict=True))
-    )
-    if not fits:
-        raise BadInput(
-            f"input {wanted.name!r} wants a shape like {list(wanted.shape)}, 1 row or more; found {_short(shape)}"
-        )
-    return tuple(shape)
-
-
-def _outputs(outputs: Any, model: Model) -> tuple[str, ...]:
+def _outputs(outputs: Any, model: Model, all_binary: bool) -> tuple[Output, ...]:
     known = tuple(tensor.name for tensor in model.outputs)
     if outputs is None or outputs == []:
-        return known
+        return tuple(Output(name, all_binary) for name in known)
     if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
-        raise BadInput(f"wanted a list of objects for outputs; found {_kind(outputs)}")
-    names = [output.get("name") for output in outputs]
-    for name in names:
+        raise BadInput(f"wanted a list of objects for outputs; found {kind(outputs)}")
+    wanted: dict[str, Output] = {}
+    for output in outputs:
+        name, parameters = output.get("name"), _object(output, "parameters")
         if name not in known:
-            raise BadInput(f"model {model.name} gives {', '.join(known)}; the output {_short(name)} is unknown")
-    if len(set(names)) < len(names):
-        raise BadInput(f"wanted each output once; found {', '.join(names)}")
-    return tuple(names)
+            raise BadInput(f"model {model.name} gives {', '.join(known)}; the output {short(name)} is unknown")
+        if name in wanted:
+            raise BadInput(f"wanted each output once; found {name} twice")
+        _no_shared_memory(parameters)
+        if parameters.get("classification"):
+            raise NotOffered("classification is not offered; ask for the output itself")
+        wanted[name] = Output(name, _flag(parameters.get("binary_data", all_binary), "binary_data"))
+    return tuple(wanted.values())
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "nothing"}
-    return names.get(type(value), "a number")
+def _object(message: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = message.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise BadInput(f"wanted an object for {key}; found {kind(value)}")
+    return value or {}
 
 
-def _short(value: Any) -> str:
-    """The value as a client would recognise it, of a length that fits into one line."""
-    text = orjson.dumps(value).decode()
-    return text if len(text) <= 100 else f"{text[:100]}…"
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise BadInput(f"wanted true or false for {name}; found {short(value)}")
+    return value
 
 
-def response(model: Model, version: str, request: Request, results: Mapping[str, NDArray[Any]]) -> bytes:
-    """The body of an answer, in the order of the outputs asked for."""
+def _no_shared_memory(parameters: Mapping[str, Any]) -> None:
+    if any(key.startswith("shared_memory") for key in parameters):
+        raise NotOffered("shared memory is not offered; send tensors in the body")
+
+
+def response(model: Model, version: str, request: Request, results: Mapping[str, NDArray[Any]]) -> Response:
+    """The answer, with the outputs asked for, in that order."""
     message: dict[str, Any] = {"model_name": model.name, "model_version": version}
     if request.id is not None:
         message["id"] = request.id
-    message["outputs"] = [
-        {
-            "name": name,
-            "shape": list(results[name].shape),
-            "datatype": NAMES[results[name].dtype.str[1:]],
-            "data": np.ascontiguousarray(results[name]).reshape(-1),
-        }
-        for name in request.outputs
-    ]
-    return orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
+    described: list[dict[str, Any]] = []
+    tail: list[bytes] = []
+    for name, binary in request.outputs:
+        values = results[name]
+        output: dict[str, Any] = {"name": name, "shape": list(values.shape), "datatype": tensors.NAMES[values.dtype]}
+        if binary:
+            tail.append(values.tobytes())
+            output["parameters"] = {"binary_data_size": len(tail[-1])}
+        else:
+            output["data"] = np.ascontiguousarray(values).reshape(-1)
+        described.append(output)
+    message["outputs"] = described
+    head = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(b"".join([head, *tail]), len(head)) if tail else Response(head, None)
 
 
 def metadata(model: Model) -> dict[str, Any]:
-    def listed(tensors: tuple[Tensor, ...]) -> list[dict[str, Any]]:
-        return [{"name": t.name, "datatype": t.datatype, "shape": list(t.shape)} for t in tensors]
+    def listed(described: tuple[Tensor, ...]) -> list[dict[str, Any]]:
+        return [{"name": t.name, "datatype": t.datatype, "shape": list(t.shape)} for t in described]
 
     return {
         "name": model.name, "versions": list(model.versions), "platform": "numpy",
         "inputs": listed(model.inputs), "outputs": listed(model.outputs),
+    }  # fmt: skip
+
+
+def config(model: Model) -> dict[str, Any]:
+    """Triton's model configuration. Rows are a dimension like others here, so max_batch_size is 0."""
+
+    def listed(described: tuple[Tensor, ...]) -> list[dict[str, Any]]:
+        return [{"name": t.name, "data_type": f"TYPE_{t.datatype}", "dims": list(t.shape)} for t in described]
+
+    return {
+        "name": model.name, "platform": "numpy", "backend": "python", "max_batch_size": 0,
+        "input": listed(model.inputs), "output": listed(model.outputs),
     }  # fmt: skip

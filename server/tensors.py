@@ -1,0 +1,104 @@
+"""Tensors of the Open Inference Protocol: data types, shapes, values in JSON or as bytes, little-endian, row-major."""
+
+import math
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from server.models.base import Array, BadInput, Tensor
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(code)
+    for name, code in {
+        "BOOL": "|b1", "UINT8": "|u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "|i1",
+        "INT16": "<i2", "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
+    }.items()
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def taken(datatype: str) -> list[str]:
+    """The data types that become `datatype` without loss, whatever the values."""
+    wanted = DTYPES[datatype]
+
+    def fits(found: np.dtype[Any]) -> bool:
+        if wanted.kind == "f" and found.kind in "iu" and found.itemsize >= wanted.itemsize:
+            return False  # NumPy calls INT64 to FP64 safe, but 2**53 + 1 is lost
+        return np.can_cast(found, wanted, "safe")
+
+    return [name for name, found in DTYPES.items() if fits(found)]
+
+
+TAKEN = {datatype: taken(datatype) for datatype in DTYPES}
+
+
+def datatype(value: Any, wanted: Tensor) -> np.dtype[Any]:
+    if not isinstance(value, str) or value not in TAKEN[wanted.datatype]:
+        raise BadInput(
+            f"input {wanted.name!r} wants the datatype {' or '.join(TAKEN[wanted.datatype])}; found {short(value)}"
+        )
+    return DTYPES[value]
+
+
+def shape(value: Any, wanted: Tensor) -> tuple[int, ...]:
+    fits = (
+        isinstance(value, list)
+        and len(value) == len(wanted.shape)
+        and all(type(size) is int and size >= 1 for size in value)
+        and all(known in (-1, size) for size, known in zip(value, wanted.shape, strict=True))
+    )
+    if not fits:
+        raise BadInput(
+            f"input {wanted.name!r} wants a shape like {list(wanted.shape)}, 1 row or more; found {short(value)}"
+        )
+    return tuple(value)
+
+
+def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Tensor) -> Array:
+    """Values of `dtype`, flat or nested, as the data type that the model wants."""
+    name, count = wanted.name, math.prod(size)
+    try:
+        values = np.asarray(data)
+    except ValueError:
+        raise BadInput(f"input {name!r} wants numbers, in rows of equal length; found other data") from None
+    if values.shape not in ((count,), size):
+        raise BadInput(f"input {name!r} of shape {list(size)} wants {count} values, flat or in that shape; found "
+                       f"data of shape {list(values.shape)}")  # fmt: skip
+    kinds = {"b": "b", "f": "iuf"}.get(dtype.kind, "iu")
+    if values.dtype.kind not in kinds:
+        noun = {"b": "true or false", "f": "numbers"}.get(dtype.kind, "whole numbers")
+        raise BadInput(f"input {name!r} of {NAMES[dtype]} wants {noun}; found other values among its data")
+    if dtype.kind in "iu":
+        bounds = np.iinfo(dtype)
+        if int(values.min()) < bounds.min or int(values.max()) > bounds.max:
+            raise BadInput(f"input {name!r} wants values from {bounds.min} to {bounds.max}; found others")
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused below
+        return _as_wanted(values.astype(dtype), size, wanted)
+
+
+def from_bytes(data: bytes, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Tensor) -> Array:
+    if len(data) != math.prod(size) * dtype.itemsize:
+        raise BadInput(f"input {wanted.name!r} of {NAMES[dtype]} and shape {list(size)} wants "
+                       f"{math.prod(size) * dtype.itemsize} bytes; found {len(data)}")  # fmt: skip
+    if dtype.kind == "b" and max(data) > 1:
+        raise BadInput(f"input {wanted.name!r} of BOOL wants bytes that are 0 or 1; found others")
+    return _as_wanted(np.frombuffer(data, dtype), size, wanted)
+
+
+def _as_wanted(values: NDArray[Any], size: tuple[int, ...], wanted: Tensor) -> Array:
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise BadInput(f"input {wanted.name!r} wants values that are finite in {NAMES[values.dtype]}; found others")
+    return values.astype(DTYPES[wanted.datatype], copy=False).reshape(size)
+
+
+def kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "nothing"}
+    return names.get(type(value), "a number")
+
+
+def short(value: Any) -> str:
+    """The value as a client would recognise it, of a length that fits into one line."""
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= 100 else f"{text[:100]}…"
