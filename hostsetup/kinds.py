@@ -2,7 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from hostsetup.target import Context, Spec, Target
 from images.errors import UsageError
@@ -13,8 +15,8 @@ _CHOICES = {
     "io_engine": ("Sync", "Async"),
     "cache_type": ("Unsafe", "Writeback"),
 }
+_RANGES = {"port": (1, 65535), "rootfs_mib": (64, 2**20)}
 _GUEST = {"kernel": str, "boot_args": str, "rootfs_mib": int}
-_URL = re.compile(r"http://[A-Za-z0-9.\[\]:_-]+(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -41,24 +43,48 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a refusal: which word of the known ones may have been meant."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"the nearest known one is {near[0]!r}" if near else f"known are {', '.join(known) or 'none'}"
+
+
 def check_options(spec: Spec) -> None:
-    """Raises UsageError for an option that the kind does not take, or a value that it cannot have."""
+    """Raises UsageError for an unknown kind, an option that the kind does not take, or a value that it cannot have."""
+    if spec.kind not in KINDS:
+        raise UsageError(f"the target {spec.name!r} has an unknown kind {spec.kind!r}; {nearest(spec.kind, KINDS)}")
+    if spec.cpus < 1 or spec.mem_mib < 1:
+        found = f"cpus={spec.cpus}, mem_mib={spec.mem_mib}"
+        raise UsageError(f"the target {spec.name!r} wants at least 1 CPU and 1 MiB; found {found}")
     options = KINDS[spec.kind].options
     for key, value in spec.options.items():
         if key not in options:
-            near = difflib.get_close_matches(key, options, n=1, cutoff=0.5)
-            known = f"the nearest known one is {near[0]!r}" if near else f"known are {', '.join(options) or 'none'}"
-            raise UsageError(f"the target {spec.name!r} has an unknown option {key!r}; {known}")
+            raise UsageError(f"the target {spec.name!r} has an unknown option {key!r}; {nearest(key, options)}")
         if type(value) is not options[key]:
             raise UsageError(f"the target {spec.name!r} wants {options[key].__name__} for {key}; found {value!r}")
         if key in _CHOICES and value not in _CHOICES[key]:
             raise UsageError(f"the target {spec.name!r} wants {' or '.join(_CHOICES[key])} for {key}; found {value!r}")
+        low, high = _RANGES.get(key, (0, 0))
+        if key in _RANGES and not low <= int(value) <= high:
+            raise UsageError(f"the target {spec.name!r} wants {low} to {high} for {key}; found {value!r}")
     if spec.kind == "uml" and spec.cpus > 1:
         raise UsageError(f"the target {spec.name!r} is of kind uml, which has one CPU; found cpus={spec.cpus}")
     if spec.kind == "firecracker" and spec.cpus > 32:
         raise UsageError(f"the target {spec.name!r} asks for {spec.cpus} vCPUs; Firecracker gives 32 at most")
-    if spec.kind == "url" and not _URL.fullmatch(str(spec.options.get("url", ""))):
+    if spec.kind == "url" and not _is_address(str(spec.options.get("url", ""))):
         raise UsageError(f"the target {spec.name!r} wants url:http://host:port; found {spec.options.get('url', '')!r}")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    host = re.fullmatch("[A-Za-z0-9.:_-]+", parts.hostname or "")
+    more = parts.path not in ("", "/") or any((parts.username, parts.query, parts.fragment))
+    return parts.scheme == "http" and host is not None and port != 0 and not more
 
 
 def make(spec: Spec, context: Context) -> Target:
