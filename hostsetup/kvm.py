@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def kvm_boots(images: Images) -> bool | None:
         return False
     try:
         return bool(json.loads(_record(images).read_text())["boots"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -52,17 +53,21 @@ def trial(images: Images, ledger: Ledger) -> bool:
     record = _record(images)
     for old in record.parent.glob("kvm-*.json"):
         old.unlink()
-    record.write_text(json.dumps({"boots": boots, "with": Path(str(argv[0])).name, "tried": time.time()}))
+    fresh = record.with_suffix(".part")
+    fresh.write_text(json.dumps({"boots": boots, "with": Path(str(argv[0])).name, "tried": time.time()}))
+    fresh.replace(record)
     return boots
 
 
 def _record(images: Images) -> Path:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    qemu = shutil.which(_QEMU)
+    vmms = [store.sha256(Path(qemu)) if qemu else "none"]
     try:
-        binary = vmm.find_firecracker()[2]
+        vmms.append(vmm.find_firecracker()[2])
     except IsolatencyError:
-        binary = "none"
-    key = hashlib.sha256(f"{boot} {images.digests['vmlinux']} {shutil.which(_QEMU)} {binary}".encode()).hexdigest()
+        vmms.append("none")
+    key = hashlib.sha256(" ".join([boot, images.digests["vmlinux"], *vmms]).encode()).hexdigest()
     return store.cache_dir() / f"kvm-{key[:16]}.json"
 
 
@@ -77,6 +82,7 @@ def _firecracker(images: Images, scratch: Path, words: list[str]) -> list[str | 
 
 def _boots(argv: list[str | Path], console: Path, ledger: Ledger) -> bool:
     entry, mark = ledger.mark("kvm")
+    process: subprocess.Popen[bytes] | None = None
     try:
         with console.open("wb") as output:
             process = shell.spawn(argv, env=bare_environment(mark), stdout=output)
@@ -88,4 +94,5 @@ def _boots(argv: list[str | Path], console: Path, ledger: Ledger) -> bool:
         return SIGN in console.read_text(errors="replace")
     finally:
         ledger.remove(entry)
-        process.wait()
+        if process is not None:
+            process.wait()
