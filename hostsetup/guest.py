@@ -28,7 +28,10 @@ class Guest(Lifecycle):
 
     def _start(self) -> str:
         ledger = self.context.ledger
-        self.slot = self._stack.enter_context(network.guest_slot(ledger))
+        self.slot = slot = self._stack.enter_context(network.guest_slot(ledger))
+        # Told, not asked for: the kernel repeats an unanswered question after a second, which would blur `ready_s`.
+        neighbour = [slot.guest_ip, "lladdr", slot.mac, "nud", "permanent", "dev", slot.tap]
+        shell.run(["ip", "neighbour", "replace", *neighbour])
         if self.context.internet:
             self._stack.enter_context(network.internet(ledger, self.slot))
         self.scratch = private_folder(self.spec.name, ledger.id, self._scratch_parent())

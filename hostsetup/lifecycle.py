@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +22,11 @@ from images.store import Images
 POLL_S = 0.02
 TAIL_LINES = 15
 IDENTITY_TIMEOUT_S = 120.0
+ATTEMPT_S = 2.0
+
+
+class DeathError(TargetError):
+    """The target ended by itself."""
 
 
 class Lifecycle(ABC):
@@ -30,6 +36,9 @@ class Lifecycle(ABC):
     """
 
     bound_s = 30.0
+    # Bound of an attempt to connect: what is sent to a guest before its network is up is lost, and only a second
+    # later sent again, so a new attempt finds it sooner.
+    connect_s = 0.2
     accel: str | None = None
 
     def __init__(self, spec: Spec, context: Context) -> None:
@@ -38,6 +47,7 @@ class Lifecycle(ABC):
         self.caveats: list[str] = []
         self._stack = ExitStack()
         self.console = context.logs / f"{spec.name}.console"
+        self.console_from = 0  # an earlier start of the same name may have written before
 
     @abstractmethod
     def _start(self) -> str:
@@ -54,12 +64,16 @@ class Lifecycle(ABC):
         """Where the console goes."""
         return Path(os.devnull if shell.dry_run() else self.console).open("ab")
 
-    def _tail(self) -> str:
-        """The last lines of the console."""
+    def _said(self) -> str:
+        """What the console says since the start."""
         try:
-            return "\n".join(self.console.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+            return self.console.read_bytes()[self.console_from :].decode(errors="replace")
         except OSError:
             return ""
+
+    def _tail(self) -> str:
+        """The last lines of the console."""
+        return "\n".join([line for line in self._said().splitlines() if line.strip()][-TAIL_LINES:])
 
     @property
     def emulated(self) -> bool:
@@ -76,17 +90,8 @@ class Lifecycle(ABC):
         return [*self.context.server_args, *(["--tree-label", "/.tree-sha256"] if self.emulated else [])]
 
     def __enter__(self) -> Endpoint:
-        try:
-            return self._enter()
-        except TargetError as error:
-            # Now and then (1 of 24 boots, measured) QEMU's emulation of SVM lets a nested guest's kernel panic early.
-            if self.accel != "nested":
-                raise
-            self.caveats.append(f"{self.spec.name}: its first start failed and was repeated: {error}")
-            return self._enter()
-
-    def _enter(self) -> Endpoint:
         started = time.monotonic()
+        self.console_from = self.console.stat().st_size if self.console.exists() else 0
         try:
             url = self._start()
             if shell.dry_run():
@@ -123,15 +128,16 @@ class Lifecycle(ABC):
 
     def check(self) -> None:
         if (ended := self._ended()) is not None:
-            raise TargetError(f"{self.spec.name} {ended}; the end of its console is in the log", detail=self._tail())
+            raise DeathError(f"{self.spec.name} {ended}; the end of its console is in the log", detail=self._tail())
 
     def _await(self, url: str, end: float) -> None:
-        """Until GET /v2/health/ready is answered 200. Raises TargetError after the bound, or when the target dies."""
+        """Until GET /v2/health/ready is answered 200. Raises TargetError after the bound, DeathError when it dies."""
         said = "nothing"
+        connect_s = ATTEMPT_S if self.emulated else self.connect_s
         while time.monotonic() < end:
             self.check()
             try:
-                status, _ = get(url, "/v2/health/ready", timeout_s=2.0)
+                status, _ = get(url, "/v2/health/ready", timeout_s=ATTEMPT_S, connect_s=connect_s)
                 if status == 200:
                     return
                 said = f"status {status}"
@@ -142,13 +148,18 @@ class Lifecycle(ABC):
             time.sleep(POLL_S)
         bound_s = self.context.boot_timeout_s or self.bound_s
         raise TargetError(
-            f"{self.spec.name} did not answer at {url} within {bound_s:g} s (last: {said}); "
-            f"boot_timeout_s in the plan raises the bound, {self.console} has its console",
+            f"{self.spec.name} did not answer at {url} within {bound_s:g} s (last: {said}); {self._advice()}",
             detail=self._tail(),
         )
 
+    def _advice(self) -> str:
+        return f"boot_timeout_s in the plan raises the bound, {self.console} has its console"
+
     def _first_prediction(self, url: str) -> float | None:
-        """Milliseconds that the first infer request takes, with one row of zeros; None where there is no such model."""
+        """Milliseconds that the first infer request takes, with one row of zeros; None where it cannot be asked so.
+
+        That is a server without such a model, or an unknown one that describes its models in another way.
+        """
         args = self.context.server_args
         name = args[args.index("--model") + 1] if "--model" in args else "null"
         try:
@@ -157,19 +168,28 @@ class Lifecycle(ABC):
                 return None
             tensor = json.loads(meta)["inputs"][0]
             shape = [1 if size == -1 else size for size in tensor["shape"]]
-            body = {"inputs": [tensor | {"shape": shape, "data": [0.0] * shape[-1]}]}
+            body = {"inputs": [tensor | {"shape": shape, "data": [0.0] * math.prod(shape)}]}
             start = time.monotonic()
             status, _ = get(url, f"/v2/models/{name}/infer", timeout_s=IDENTITY_TIMEOUT_S, body=json.dumps(body))
-        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError) as error:
+        except (ValueError, KeyError, IndexError, TypeError):
+            return None
+        except (OSError, http.client.HTTPException) as error:
             raise TargetError(f"{self.spec.name} answered, but not its first infer request: {error}") from error
         return (time.monotonic() - start) * 1e3 if status == 200 else None
 
 
-def get(url: str, path: str, *, timeout_s: float, body: str | None = None) -> tuple[int, bytes]:
-    """One request (a POST where there is a body) on a connection of its own. Raises OSError, HTTPException."""
+def get(
+    url: str, path: str, *, timeout_s: float, body: str | None = None, connect_s: float | None = None
+) -> tuple[int, bytes]:
+    """One request (a POST where there is a body) on a connection of its own. Raises OSError, HTTPException.
+
+    `connect_s` bounds the connection where it is shorter than `timeout_s`, which bounds every wait for data.
+    """
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout_s)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=connect_s or timeout_s)
     try:
+        connection.connect()
+        connection.sock.settimeout(timeout_s)
         connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"} if body else {})
         answer = connection.getresponse()
         return answer.status, answer.read()

@@ -52,8 +52,14 @@ def command(
         BINARY, "-M", "microvm,acpi=on,auto-kernel-cmdline=off",
         "-accel", "kvm" if accel == "kvm" else "tcg,thread=multi", "-cpu", "host" if accel == "kvm" else "max",
         "-smp", str(cpus), "-m", str(mem_mib), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-serial", f"file:{console}", "-kernel", kernel, "-initrd", initrd, "-append", refuse_long(words),
+        "-chardev", f"file,id=c0,append=on,path={_quoted(console)}", "-serial", "chardev:c0",
+        "-kernel", kernel, "-initrd", initrd, "-append", refuse_long(words),
     ]  # fmt: skip
+
+
+def _quoted(file: Path) -> str:
+    """As a value of an option of QEMU's, where a comma ends one."""
+    return str(file).replace(",", ",,")
 
 
 def disks(*files: Path) -> list[str | Path]:
@@ -62,7 +68,7 @@ def disks(*files: Path) -> list[str | Path]:
     for number, file in enumerate(files):
         words += [
             "-drive",
-            f"id=d{number},if=none,format=raw,readonly=on,file.locking=off,file={str(file).replace(',', ',,')}",
+            f"id=d{number},if=none,format=raw,readonly=on,file.locking=off,file={_quoted(file)}",
         ]
         words += ["-device", f"virtio-blk-device,drive=d{number}"]
     return words

@@ -26,7 +26,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class Context:
-    """What a target may use. `cores` are the host's core numbers for targets, the same for all of them."""
+    """What a target may use. `cores` are the host's core numbers for targets, the same for all of them.
+
+    `boot_timeout_s` takes the place of every kind's own bound, whether it is shorter or longer: process and docker
+    30 s, uml 60, qemu and firecracker 60 with KVM, 150 and 300 where they are emulated, url 10.
+    """
 
     ledger: Ledger
     images: Images | None

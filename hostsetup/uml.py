@@ -28,8 +28,8 @@ class Uml(Guest):
         words = [
             f"mem={self.spec.mem_mib}M", f"ubd0rc={root}", "root=/dev/ubda", "ro", "rootfstype=ext4",
             "init=/sbin/guest-init", "con=null", "con0=null,fd:1", "console=tty0", "quiet", "panic=1",
-            f"vec0:transport=tap,ifname={self.slot.tap},depth=128,gro=1", f"uml_dir={self.scratch}", "umid=guest",
-            *self.guest_words(),
+            f"vec0:transport=tap,ifname={self.slot.tap},mac={self.slot.mac},depth=128,gro=1",
+            f"uml_dir={self.scratch}", "umid=guest", *self.guest_words(),
         ]  # fmt: skip
         refuse_long(words, 4000)
         kernel = self._option_file("kernel", self.images.uml)
