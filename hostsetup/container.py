@@ -4,22 +4,22 @@ A published port would go through docker-proxy, which doubles a tiny request's t
 """
 
 import contextlib
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
 import docker
+import psutil
 import requests
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
-from hostsetup.lifecycle import TAIL_LINES, Lifecycle, tree_of
+from hostsetup.lifecycle import Lifecycle, tree_of
 from hostsetup.target import PORT
 from images import shell, store
 from images.errors import MissingError, TargetError
 
 if TYPE_CHECKING:
     from docker.models.containers import Container as Running
-
-import psutil
 
 STOP_S = 5
 START_TIMEOUT_S = 60
@@ -35,6 +35,8 @@ class Container(Lifecycle):
         name = f"isolatency-{ledger.id}-{spec.name}"
         settings = self._settings(name)
         if shell.dry_run():
+            if "image" not in spec.options:
+                shell.say(f"import {self.images.tar} as {self._tag()}, where the engine does not have it")
             shell.say(f"run a container: {settings}")
             return f"http://CONTAINER:{PORT}"
         host = os.environ.get("DOCKER_HOST", DEFAULT_HOST)
@@ -71,6 +73,9 @@ class Container(Lifecycle):
             "read_only": True,
             "tmpfs": TMPFS,
         }
+        if "image" not in spec.options:
+            # Docker adds HOSTNAME to the environment that the image names; the server has it in no other target.
+            settings["entrypoint"] = ["/bin/busybox", "env", "-u", "HOSTNAME", *_entrypoint()]
         if "runtime" in spec.options:
             settings["runtime"] = spec.options["runtime"]
         return settings
@@ -78,7 +83,7 @@ class Container(Lifecycle):
     def _image(self, engine: docker.DockerClient) -> str:
         """The image to run: the user's, or ours, imported where this engine does not have it yet."""
         own = self.spec.options.get("image")
-        wanted = str(own) if own else f"isolatency:{self.images.tree_sha256[:32]}"
+        wanted = str(own) if own else self._tag()
         try:
             engine.images.get(wanted)
             return wanted
@@ -95,6 +100,9 @@ class Container(Lifecycle):
         )
         return wanted
 
+    def _tag(self) -> str:
+        return f"isolatency:{self.images.tree_sha256[:32]}"
+
     def _ended(self) -> str | None:
         try:
             self._container.reload()
@@ -109,10 +117,11 @@ class Container(Lifecycle):
 
     def _tail(self) -> str:
         with contextlib.suppress(DockerException, requests.RequestException, AttributeError):
-            text: bytes = self._container.logs(tail=TAIL_LINES)
-            self.console.write_bytes(text)
-            return text.decode(errors="replace")
-        return ""
+            text: bytes = self._container.logs()
+            with self.console.open("ab") as console:
+                console.truncate(self.console_from)
+                console.write(text)
+        return super()._tail()
 
     def pids(self) -> list[int]:
         """The container's processes and the shim that holds it."""
@@ -140,6 +149,13 @@ def _engine(host: str):  # type: ignore[no-untyped-def]
         ) from error
     with contextlib.closing(engine):
         yield engine
+
+
+def _entrypoint() -> list[str]:
+    """The server's command, as images/Dockerfile has it."""
+    line = next(line for line in store.dockerfile_instructions() if line.startswith("ENTRYPOINT "))
+    words: list[str] = json.loads(line.removeprefix("ENTRYPOINT "))
+    return words
 
 
 def _address(attributes: dict[str, Any]) -> str:

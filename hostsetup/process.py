@@ -11,6 +11,7 @@ from hostsetup.ledger import folder
 from hostsetup.lifecycle import Lifecycle, bare_environment, in_words, private_folder, tree_of
 from hostsetup.namespaces import host_root
 from images import shell, store
+from images.errors import IsolatencyError
 
 STOP_S = 5.0
 HOST = "127.0.0.1"
@@ -44,7 +45,7 @@ class Process(Lifecycle):
         root = private_folder(spec.name, ledger.id, folder())
         entry = ledger.add("dir", path=str(root))
         self._stack.callback(ledger.remove, entry)
-        port = int(spec.options.get("port", 0)) or _free_port()
+        port = _free_port(int(spec.options.get("port", 0)))
         place = self._stack.enter_context(placed(ledger, spec.name, self.context.cores[-spec.cpus :], spec.mem_mib))
         self.caveats += place.caveats
         if not host_root():
@@ -64,10 +65,11 @@ class Process(Lifecycle):
     def _server(self, root: object, port: int) -> list[str]:
         user = ["--userspec=1000:1000", "--groups="] if host_root() else []
         environment = [f"{key}={value}" for key, value in store.server_env().items()]
-        enter = ["env", "-i", *environment, "/usr/sbin/chroot", *user, str(root)]
-        # The tree's own shell, for the working directory: a chroot begins at its root.
-        inside = ["/bin/busybox", "sh", "-c", 'cd /tmp && exec "$@"', "sh", "/usr/bin/python3.11", "-m", "server"]
-        return [*enter, *inside, "--host", HOST, "--port", str(port), *self.server_args()]
+        enter = ["/usr/sbin/chroot", *user, str(root)]
+        # The tree's own shell, for the working directory: a chroot begins at its root. A shell adds to the environment.
+        inside = ["/bin/busybox", "sh", "-c", 'cd /tmp && exec "$@"', "sh", "/bin/busybox", "env", "-i", *environment]
+        server = ["/usr/bin/python3.11", "-m", "server", "--host", HOST, "--port", str(port), *self.server_args()]
+        return [*enter, *inside, *server]
 
     def _ended(self) -> str | None:
         code = self._process.poll()
@@ -93,8 +95,16 @@ def _unshare() -> list[str]:
     return ["unshare", *user, "--mount", "--pid", "--fork", "--kill-child=KILL", "--"]
 
 
-def _free_port() -> int:
+def _free_port(wanted: int) -> int:
+    """The port, or any free one for 0. Another server at it would answer in the place of ours, so it is refused."""
     with socket.socket() as listener:
-        listener.bind((HOST, 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, wanted))
+        except OSError as error:
+            said = (error.strerror or str(error)).lower()
+            raise IsolatencyError(
+                f"the server cannot have port {wanted} of {HOST} ({said}); name another one, or leave `port` out"
+            ) from error
         port: int = listener.getsockname()[1]
         return port
