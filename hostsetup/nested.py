@@ -61,9 +61,9 @@ class Nested:
         target = self._target
         if file == target.rootfs:
             return "/dev/vdc"
-        if file.parent == target.scratch:
-            return f"/run/{file.name}"
-        return f"/mnt/{'vmlinux' if file == target.kernel else file.name}"
+        if file in (target.kernel, target.initrd):
+            return f"/mnt/{'vmlinux' if file == target.kernel else file.name}"
+        return f"/run/fc{file.suffix}"  # its log, its metrics
 
     def _tools(self) -> Path:
         target = self._target

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +13,21 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from hostsetup import doctor
+from hostsetup import doctor, kvm
 from hostsetup import ledger as books
 from hostsetup.ledger import Ledger
 from hostsetup.lifecycle import get
 from hostsetup.target import Endpoint, Target
 from images import shell, store
-from images.errors import TargetError
+from images.errors import IsolatencyError, TargetError
 from loadtest._client import infer, session
 from loadtest._parity import ask, compare
 from tests.contract.conftest import KINDS, Maker, maker
 
 MODELS = ("knn", "dnn", "null")
 TIMEOUT_S = 300.0
+BUSY = 18_765
+BAD = "bad-kernel"
 
 
 class Live(NamedTuple):
@@ -161,13 +165,83 @@ def test_memory_arrives(kind: str, new: Maker) -> None:
             pass  # the server itself was the one that ran out of memory
 
 
-def test_a_start_that_fails_leaves_nothing(new: Maker, ledger: Ledger, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qemu", {"mem_mib": 300, "cpus": 2}),
+        ("uml", {"mem_mib": 300}),
+        ("firecracker", {"mem_mib": 300, "cpus": 2, "io_engine": "Async", "cache_type": "Writeback"}),
+    ],
+)
+def test_a_guest_has_the_cpus_and_the_memory_that_were_asked_for(
+    kind: str, options: dict[str, object], new: Maker
+) -> None:
+    """By what its kernel says, which `boot_args` lets speak."""
+    cpus, mem_mib = int(str(options.get("cpus", 1))), int(str(options["mem_mib"]))
+    if cpus > len(os.sched_getaffinity(0)):
+        pytest.skip(f"needs {cpus} cores")
+    target = new(kind, boot_args="loglevel=7", **options)
+    with target:
+        said = target.console.read_text(errors="replace")  # type: ignore[attr-defined]
+    available = re.findall(r"Memory: (\d+)K/\d+K available", said)  # less what the kernel itself takes
+    assert available and 0.6 * mem_mib < int(available[-1]) / 1024 < mem_mib
+    if cpus > 1:
+        assert f"Brought up 1 node, {cpus} CPUs" in said
+
+
+@pytest.mark.parametrize("kind", ["process", "docker"])
+def test_the_server_has_exactly_the_one_environment(kind: str, new: Maker) -> None:
+    target = new(kind)
+    with target:
+        server = [pid for pid in target.pids() if b"\0-m\0server\0" in Path(f"/proc/{pid}/cmdline").read_bytes()][-1]
+        found = Path(f"/proc/{server}/environ").read_bytes().split(b"\0")
+        assert {line.decode() for line in found if line} == {f"{k}={v}" for k, v in store.server_env().items()}
+        status = Path(f"/proc/{server}/status").read_text()
+        assert "Uid:\t1000\t1000\t1000\t1000" in status or os.geteuid() != 0
+        inside = Path(f"/proc/{server}/cwd").readlink()
+        assert inside.name == "tmp"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("process", {"port": BUSY}, f"port {BUSY} of 127.0.0.1 \\(address already in use\\); name another one"),
+        ("docker", {"image": "isolatency-nowhere:1"}, "does not have; bring it there: docker load"),
+        ("docker", {"runtime": "nowhere"}, "Docker would not start the container: .*nowhere"),
+        ("qemu", {"kernel": BAD}, "ended with exit code"),
+        ("uml", {"kernel": BAD}, "ended with exit code 126"),
+        ("uml", {"rootfs_mib": 64}, "too small .* give at least"),
+        ("firecracker", {"kernel": BAD}, "refused PUT /actions .*Invalid Elf magic number"),
+    ],
+)
+def test_a_start_that_fails_says_why_and_leaves_nothing(
+    kind: str, options: dict[str, object], words: str, new: Maker, ledger: Ledger, tmp_path: Path
+) -> None:
     before = _host(ledger)
-    bad = tmp_path / "kernel"
-    bad.write_bytes(b"no kernel at all" * 100)
-    target = new("qemu", kernel=str(bad))
-    with pytest.raises(TargetError, match="t-qemu"), target:
-        pytest.fail("it came up")
+    if options.get("kernel") == BAD:
+        (tmp_path / BAD).write_bytes(b"no kernel at all" * 100)
+        options = options | {"kernel": str(tmp_path / BAD)}
+    with socket.socket() as listener:  # somebody else's server
+        listener.bind(("127.0.0.1", BUSY))
+        listener.listen()
+        with pytest.raises(IsolatencyError, match=words), new(kind, **options):
+            pytest.fail("it came up")
+    assert _host(ledger) == before
+
+
+def test_an_image_by_name_is_run_as_it_is(new: Maker) -> None:
+    """Ours under its own tag, in the place of a foreign one."""
+    with new("docker") as first:
+        image = f"isolatency:{store.current().tree_sha256[:32]}"
+        with new("docker", image=image) as second:
+            assert first.identity is not None and second.identity is not None
+            assert second.identity["tree_sha256"] == first.identity["tree_sha256"]
+
+
+def test_the_word_on_kvm_is_that_of_a_guest(ledger: Ledger) -> None:
+    """Whatever it is here: it takes a boot, is remembered, and leaves nothing."""
+    before, images = _host(ledger), store.current()
+    assert kvm.trial(images, ledger) == kvm.kvm_boots(images)
     assert _host(ledger) == before
 
 

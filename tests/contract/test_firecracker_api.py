@@ -1,5 +1,6 @@
 """Firecracker's API, asked of the real binary on the machine itself: before InstanceStart it needs no KVM guest."""
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -7,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hostsetup.firecracker import Api
+from hostsetup import kvm
+from hostsetup import ledger as books
+from hostsetup.firecracker import Api, BrokenError, Firecracker, RefusedError
+from hostsetup.ledger import Ledger
+from hostsetup.target import Context, Option, Spec
 from images import store, vmm
 from images.errors import IsolatencyError, TargetError
 
@@ -107,6 +112,32 @@ def test_the_order_that_the_driver_uses_is_accepted(api: Api, tmp_path: Path) ->
     assert found["machine-config"]["mem_size_mib"] == 512
     assert found["drives"][0]["is_read_only"] is True
     assert found["network-interfaces"][0]["guest_mac"].lower() == "06:00:ac:10:00:02"
+
+
+def test_the_driver_on_the_machine_itself_up_to_what_needs_kvm(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole order of the driver, as where KVM boots guests; the kernel is refused before a vCPU would run."""
+    monkeypatch.setattr(kvm, "kvm_boots", lambda images: True)
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(b"no kernel" * 1000)
+    options: dict[str, Option] = {"kernel": str(kernel), "io_engine": "Sync", "cache_type": "Unsafe", "console": False}
+    with Ledger.open("test", "driver") as ledger:
+        cores = (max(os.sched_getaffinity(0)),)
+        context = Context(ledger, store.current(), cores, ("--model", "null"), tmp_path)
+        target = Firecracker(Spec("a.b_c", "firecracker", options=options), context)
+        with pytest.raises(RefusedError, match=r"refused PUT /actions .*Invalid Elf magic number") as caught:
+            target.__enter__()
+        assert "Running Firecracker" in caught.value.detail
+        owner = next(owner for owner in books.owners() if owner.id == ledger.id)
+        assert owner.entries == {}
+    assert target.process.poll() is not None
+    assert not target.scratch.exists()
+
+
+def test_a_driver_whose_firecracker_is_gone_says_so(api: Api, tmp_path: Path) -> None:
+    with pytest.raises(BrokenError, match="API broke off at PUT /machine-config"):
+        Api.of_socket(tmp_path / "no.sock").put("/machine-config", {"vcpu_count": 1, "mem_size_mib": 512})
 
 
 def test_a_kernel_that_is_no_elf_is_only_found_at_the_start(api: Api, tmp_path: Path) -> None:
