@@ -1,4 +1,4 @@
-"""The contract suite needs a network namespace of its own: `isolatency sandbox -- pytest tests/contract`."""
+"""What the suite's tests share. Outside of a sandbox they are run in one by an inner pytest: see in_sandbox.py."""
 
 import itertools
 import os
@@ -13,6 +13,7 @@ from hostsetup.ledger import Ledger
 from hostsetup.sandbox import VARIABLE
 from hostsetup.target import Context, Spec, Target
 from images import store
+from tests.contract import in_sandbox
 
 KINDS = ("process", "docker", "uml", "qemu", "firecracker")
 SERVER_ARGS = ("--model", "knn", "--model", "dnn", "--model", "null", "--jobs")
@@ -20,14 +21,15 @@ Maker = Callable[..., Target]
 _numbers = itertools.count(1)  # cgroups and containers carry the name, so it is used once
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if VARIABLE not in os.environ:
-        here = Path(__file__).parent
-        for item in items:
-            if here in item.path.parents:
-                item.add_marker(
-                    pytest.mark.skip("needs a sandbox: isolatency sandbox -- .venv/bin/pytest tests/contract")
-                )
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if VARIABLE not in os.environ and not config.option.collectonly:
+        in_sandbox.replace(config, items, Path(__file__).parent)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if in_sandbox.REPORT in os.environ:
+        in_sandbox.tell(report)
 
 
 @pytest.fixture(scope="session")
