@@ -22,11 +22,13 @@ _ENTER = """set -e
 tree=$1 root=$2; shift 2
 mount --bind "$tree" "$root"
 mount -o remount,bind,ro "$root"
-mount -t proc proc "$root/proc"
-mount --rbind /sys "$root/sys"
-mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
-mount -t tmpfs -o mode=755 tmpfs "$root/run"
-mount -t tmpfs -o mode=755 tmpfs "$root/dev"
+mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
+# Without what is mounted below it (cgroups), as in a guest; a user namespace may bind it with all of that only.
+mount --bind /sys "$root/sys" 2>/dev/null || mount --rbind /sys "$root/sys"
+mount -o remount,bind,ro,nosuid,nodev,noexec "$root/sys"
+mount -t tmpfs -o nosuid,nodev,mode=1777 tmpfs "$root/tmp"
+mount -t tmpfs -o nosuid,nodev,mode=755 tmpfs "$root/run"
+mount -t tmpfs -o nosuid,noexec,mode=755 tmpfs "$root/dev"
 for device in null zero full random urandom; do
     : >"$root/dev/$device"
     mount --bind "/dev/$device" "$root/dev/$device"
