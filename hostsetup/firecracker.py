@@ -15,7 +15,7 @@ import requests
 import requests_unixsocket
 
 from hostsetup import kvm
-from hostsetup.guest import Guest, refuse_long
+from hostsetup.guest import Guest, refuse_long, shell_code_in_words
 from hostsetup.lifecycle import TAIL_LINES, DeathError
 from hostsetup.target import Endpoint
 from images import shell, vmm
@@ -221,7 +221,7 @@ class Firecracker(Guest):
         if not found:
             return f"went down with its emulated host, which {super()._exit_words(code)}"
         inner = int(found[-1])
-        return EXITS.get(inner) or super()._exit_words(128 - inner if inner > 128 else inner)
+        return EXITS.get(inner) or shell_code_in_words(inner)
 
     def _stop(self) -> None:
         """Ask the guest by Ctrl-Alt-Del (it reboots, which ends Firecracker), then SIGTERM, then SIGKILL."""

@@ -3,6 +3,7 @@
 import base64
 import ctypes
 import mmap
+import re
 import signal
 import subprocess
 import time
@@ -100,7 +101,11 @@ class Guest(Lifecycle):
 
     def _ended(self) -> str | None:
         code = self.process.poll()
-        return None if code is None else self._exit_words(code)
+        if code is None:
+            return None
+        if found := re.findall(r"guest-init: server ended with (\d+)", self._said()):
+            return f"ended with its server, which {shell_code_in_words(int(found[-1]))}"
+        return self._exit_words(code)
 
     def _exit_words(self, code: int) -> str:
         return in_words(code)
@@ -117,6 +122,11 @@ class Guest(Lifecycle):
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+def shell_code_in_words(code: int) -> str:
+    """How a program ended, by what a shell says of it: 128 + n for signal n."""
+    return in_words(128 - code if code > 128 else code)
 
 
 def tsc_khz(seconds: float = 0.2) -> int:
