@@ -61,6 +61,8 @@ def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Te
     name, count = wanted.name, math.prod(size)
     try:
         values = np.asarray(data)
+        if dtype == DTYPES["UINT64"] and values.dtype.kind == "f":
+            values = _whole(data, values)
     except ValueError:
         raise BadInput(f"input {name!r} wants numbers, in rows of equal length; found other data") from None
     if values.shape not in ((count,), size):
@@ -76,6 +78,14 @@ def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Te
             raise BadInput(f"input {name!r} wants values from {bounds.min} to {bounds.max}; found others")
     with np.errstate(over="ignore"):  # becomes infinity, which is refused below
         return _as_wanted(values.astype(dtype), size, wanted)
+
+
+def _whole(data: Any, values: Array) -> Array:
+    """Whole numbers below and above 2**63 in one list, which NumPy would read as FP64; anything else as it was."""
+    exact = np.asarray(data, dtype=object)
+    found = exact.ravel().tolist()
+    fits = all(type(value) is int for value in found) and min(found) >= 0 and max(found) < 2**64
+    return exact.astype(np.uint64) if fits else values
 
 
 def from_bytes(data: bytes, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Tensor) -> Array:

@@ -165,7 +165,16 @@ def test_what_converts_without_loss() -> None:
     assert tensors.TAKEN["INT64"] == ["BOOL", "UINT8", "UINT16", "UINT32", "INT8", "INT16", "INT32", "INT64"]
 
 
-@settings(max_examples=1000, deadline=None)
+def test_whole_numbers_around_2_to_the_63_in_one_list() -> None:
+    tensor, uint64 = Tensor("x", "UINT64", (-1,)), tensors.DTYPES["UINT64"]
+    values = [0, 2**63, 2**53 + 1, 2**64 - 1]
+    assert tensors.from_json(values, uint64, (4,), tensor).tolist() == values
+    for wrong in ([-1, 2**63], [0.0, 2**63], [0, 2**64]):
+        with pytest.raises(BadInput):
+            tensors.from_json(wrong, uint64, (2,), tensor)
+
+
+@settings(max_examples=4000, deadline=None)
 @given(st.data())
 def test_values_of_every_type_arrive_as_they_are(data: st.DataObject) -> None:
     wanted = data.draw(st.sampled_from(list(tensors.DTYPES)))
