@@ -19,10 +19,11 @@ from hostsetup.guest import Guest, refuse_long, shell_code_in_words
 from hostsetup.lifecycle import TAIL_LINES, DeathError
 from hostsetup.target import Endpoint
 from images import shell, vmm
-from images.errors import TargetError
+from images.errors import MissingError, TargetError
 
 TIMEOUT_S = 60.0
 SOCKET_S = 10.0
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 GRACE_S = {"kvm": 5.0, "nested": 25.0}
 EXITS = {
     0: "ended because its guest did (0)", 1: "ended with a general error (1)",
@@ -111,6 +112,7 @@ class Here:
         self._target = target
 
     def start(self) -> Api:
+        self._target.want_huge_pages()
         socket = self._target.scratch / "api.sock"
         name = re.sub("[^A-Za-z0-9-]", "-", self._target.spec.name)  # all that Firecracker takes
         self._target.launch([self._target.binary, "--api-sock", socket, "--id", name])
@@ -188,6 +190,26 @@ class Firecracker(Guest):
         self._api.put("/drives/rootfs", drive | {k: options[k] for k in ("io_engine", "cache_type") if k in options})
         interface = {"iface_id": "eth0", "guest_mac": self.slot.mac, "host_dev_name": place.tap}
         self._api.put("/network-interfaces/eth0", interface)
+
+    @property
+    def huge_pages(self) -> int:
+        """How many pages of 2 MiB the guest's memory takes; 0 where they were not asked for."""
+        return -(-self.spec.mem_mib // 2) if self.spec.options.get("huge_pages") == "2M" else 0
+
+    def want_huge_pages(self) -> None:
+        """Raises MissingError where this machine has too few free: Firecracker would blame the kernel image."""
+        if not self.huge_pages or shell.dry_run():
+            return
+        there = {
+            name: int((HUGE_PAGES / name).read_text()) if HUGE_PAGES.is_dir() else 0
+            for name in ("nr_hugepages", "free_hugepages")
+        }
+        if (lacking := self.huge_pages - there["free_hugepages"]) > 0:
+            raise MissingError(
+                f"{self.spec.name} wants {self.huge_pages} pages of 2 MiB for huge_pages=2M, "
+                f"{there['free_hugepages']} are free; set more aside: "
+                f"sysctl vm.nr_hugepages={there['nr_hugepages'] + lacking}"
+            )
 
     def launch(self, argv: list[str | Path]) -> None:
         self._launch(argv)

@@ -45,6 +45,7 @@ class Nested:
         words = [
             "console=ttyS0", "quiet", "reboot=t", "panic=-1", *qemu.tcg_words("tcg"), f"isolatency.modules={MODULES}",
             "isolatency.init=/mnt/nested-init", f"isolatency.relay={self._theirs}/30",
+            *([f"hugepages={target.huge_pages}"] if target.huge_pages else []),
         ]  # fmt: skip
         spec, images = target.spec, target.images
         argv = qemu.command(
