@@ -6,6 +6,7 @@ A published port would go through docker-proxy, which doubles a tiny request's t
 import contextlib
 import json
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import docker
@@ -45,6 +46,7 @@ class Container(Lifecycle):
             image = self._image(engine)
             entry = ledger.add("container", name=name, docker_host=host)
             self._stack.callback(ledger.remove, entry)
+            self.started = time.monotonic()
             self._container: Running = engine.containers.run(image, **settings)
             self._stack.callback(self._stop)
             self._container.reload()

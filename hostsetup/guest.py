@@ -93,6 +93,7 @@ class Guest(Lifecycle):
         self.caveats += place.caveats
         number, mark = ledger.mark(spec.name)
         self._stack.callback(ledger.remove, number)
+        self.started = time.monotonic()
         with self._output() as console:
             self.process = shell.spawn(
                 place.argv(argv), env=bare_environment(mark, **environment), stdout=console, stdin=input_fd

@@ -47,6 +47,7 @@ class Lifecycle(ABC):
         self.caveats: list[str] = []
         self._stack = ExitStack()
         self.console = context.logs / f"{spec.name}.console"
+        self.started = 0.0  # where `ready_s` and the bound begin; `_start` sets it anew after making images
         self.console_from = 0  # an earlier start of the same name may have written before
 
     @abstractmethod
@@ -90,14 +91,14 @@ class Lifecycle(ABC):
         return [*self.context.server_args, *(["--tree-label", "/.tree-sha256"] if self.emulated else [])]
 
     def __enter__(self) -> Endpoint:
-        started = time.monotonic()
+        self.started = time.monotonic()
         self.console_from = self.console.stat().st_size if self.console.exists() else 0
         try:
             url = self._start()
             if shell.dry_run():
                 return self._endpoint(url, None, 0.0, None)
-            self._await(url, started + (self.context.boot_timeout_s or self.bound_s))
-            ready_s = time.monotonic() - started
+            self._await(url, self.started + (self.context.boot_timeout_s or self.bound_s))
+            ready_s = time.monotonic() - self.started
             return self._endpoint(url, identity(url), ready_s, self._first_prediction(url))
         except IsolatencyError as error:
             if not error.detail:
