@@ -105,6 +105,13 @@ class Lifecycle(ABC):
                 error.detail = self._tail()
             self._stack.close()
             raise
+        except OSError as error:  # a full disk, for one
+            detail = self._tail()
+            self._stack.close()
+            where = f" at {error.filename}" if error.filename else ""
+            raise TargetError(
+                f"{self.spec.name} could not be started: {error.strerror or error}{where}", detail=detail
+            ) from error
         except BaseException:
             self._stack.close()
             raise

@@ -60,7 +60,8 @@ def maker(able: dict[str, doctor.Verdict], ledger: Ledger, logs: Path) -> Maker:
             pytest.skip(f"{kind} cannot run here: {able[kind].why}; {able[kind].fix}")
         cores = tuple(sorted(os.sched_getaffinity(0)))
         cpus, mem_mib = int(str(options.pop("cpus", 1))), int(str(options.pop("mem_mib", 512)))
-        context = Context(ledger, store.current(), cores[-cpus:], SERVER_ARGS, logs)
+        internet = bool(options.pop("internet", False))
+        context = Context(ledger, store.current(), cores[-cpus:], SERVER_ARGS, logs, internet=internet)
         return make(Spec(f"t-{kind}-{next(_numbers)}", kind, cpus, mem_mib, options), context)  # type: ignore[arg-type]
 
     return make_one

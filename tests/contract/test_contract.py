@@ -5,6 +5,8 @@ import os
 import re
 import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from hostsetup import doctor, kvm
 from hostsetup import ledger as books
 from hostsetup.ledger import Ledger
 from hostsetup.lifecycle import get
+from hostsetup.namespaces import host_root
 from hostsetup.target import Endpoint, Target
 from images import shell, store
 from images.errors import IsolatencyError, TargetError
@@ -153,6 +156,9 @@ def test_a_death_is_an_error_with_the_end_of_the_console(kind: str, new: Maker, 
 def test_memory_arrives(kind: str, new: Maker) -> None:
     """Allocating far more than the target has must end a job (or the target), not succeed."""
     with new(kind, mem_mib=160) as endpoint:
+        if not host_root():
+            assert any("its memory is unlimited" in caveat for caveat in endpoint.caveats)
+            return
         body = json.dumps({"job": "dnn", "rows": 60000, "epochs": 1})
         try:
             status, answer = get(endpoint.url, "/jobs", timeout_s=TIMEOUT_S, body=body)
@@ -197,7 +203,7 @@ def test_the_server_has_exactly_the_one_environment(kind: str, new: Maker) -> No
         found = Path(f"/proc/{server}/environ").read_bytes().split(b"\0")
         assert {line.decode() for line in found if line} == {f"{k}={v}" for k, v in store.server_env().items()}
         status = Path(f"/proc/{server}/status").read_text()
-        assert "Uid:\t1000\t1000\t1000\t1000" in status or os.geteuid() != 0
+        assert "Uid:\t1000\t1000\t1000\t1000" in status or not host_root()
         inside = Path(f"/proc/{server}/cwd").readlink()
         assert inside.name == "tmp"
 
@@ -243,6 +249,63 @@ def test_the_word_on_kvm_is_that_of_a_guest(ledger: Ledger) -> None:
     before, images = _host(ledger), store.current()
     assert kvm.trial(images, ledger) == kvm.kvm_boots(images)
     assert _host(ledger) == before
+
+
+def test_a_nested_start_in_which_the_emulated_host_dies_is_repeated_once(new: Maker, ledger: Ledger) -> None:
+    if kvm.kvm_boots(store.current()):
+        pytest.skip("KVM boots guests here, so Firecracker is not nested")
+    before, target = _host(ledger), new("firecracker")
+    killed: list[int] = []
+
+    def kill_the_first() -> None:
+        while not hasattr(target, "process"):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        killed.append(target.process.pid)
+        os.kill(target.process.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_first)
+    killer.start()
+    with target as endpoint:
+        killer.join()
+        assert killed and target.pids()[0] != killed[0]
+        (caveat,) = endpoint.caveats
+        assert "its first start failed and was repeated" in caveat and "signal 9" in caveat
+    assert _host(ledger) == before
+
+
+@pytest.mark.skipif(not host_root(), reason="makes a network namespace for the outside; run as root")
+def test_internet_leads_a_guest_out_and_goes_with_it(new: Maker, ledger: Ledger) -> None:
+    """A second namespace is the outside: what the guest answers to it goes by its default route and is forwarded here.
+
+    The outside begins, which our rules do not allow, so the test does; Docker, where it runs, drops all other forwards.
+    """
+    outside = f"outside-{ledger.id}"
+    inside, there = ["ip", "-n", outside], ["ip", "netns", "exec", outside]
+    ask = "import socket, sys; socket.create_connection((sys.argv[1], 8080), 60).close()"
+    begin = ["FORWARD", "-i", "out0", "-j", "ACCEPT"]
+    forwarding = Path("/proc/sys/net/ipv4/ip_forward").read_text()
+    shell.run(["ip", "netns", "add", outside])
+    try:
+        shell.run(["ip", "link", "add", "out0", "type", "veth", "peer", "name", "out1", "netns", outside])
+        shell.run(["ip", "address", "add", "192.0.2.1/24", "dev", "out0"])
+        shell.run(["ip", "link", "set", "dev", "out0", "up"])
+        shell.run([*inside, "address", "add", "192.0.2.2/24", "dev", "out1"])
+        shell.run([*inside, "link", "set", "dev", "out1", "up"])
+        shell.run([*inside, "route", "add", "172.16.0.0/16", "via", "192.0.2.1"])
+        shell.run(["ip", "route", "add", "default", "via", "192.0.2.2"])
+        shell.run(["iptables", "-I", *begin])
+        with new("uml", internet=True) as endpoint:
+            address = endpoint.url.removeprefix("http://").removesuffix(":8080")
+            shell.run([*there, sys.executable, "-c", ask, address], timeout_s=TIMEOUT_S)
+            rules = shell.run(["iptables", "-t", "nat", "-S", "POSTROUTING"], changes=False).stdout
+            assert f"{address.rpartition('.')[0]}.0/24 -o out0" in rules
+        assert Path("/proc/sys/net/ipv4/ip_forward").read_text() == forwarding
+        assert "-o out0" not in shell.run(["iptables", "-t", "nat", "-S", "POSTROUTING"], changes=False).stdout
+    finally:
+        shell.run(["iptables", "-D", *begin], check=False)
+        shell.run(["ip", "netns", "delete", outside])
+        shell.run(["ip", "route", "del", "default", "via", "192.0.2.2"], check=False)
 
 
 def _host(ledger: Ledger) -> dict[str, object]:

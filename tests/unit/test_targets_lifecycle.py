@@ -1,5 +1,6 @@
 """Starting a target: waiting for its first answer, saying who it is, and what is left when that fails."""
 
+import errno
 import json
 import subprocess
 import threading
@@ -191,17 +192,27 @@ def test_a_death_later_is_an_error_of_check(serve: Serve, context: Context) -> N
     assert entries(context) == []
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, TargetError])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (ValueError("what"), ValueError),
+        (TargetError("what"), TargetError),
+        (OSError(errno.ENOSPC, "No space left on device", "/f"), TargetError),
+    ],
+)
 def test_whatever_ends_the_start_takes_everything_down(
-    error: type[BaseException], serve: Serve, context: Context
+    error: BaseException, said: type[BaseException], serve: Serve, context: Context
 ) -> None:
     class Interrupted(Command):
         def _first_prediction(self, url: str) -> float | None:
-            raise error("ended")
+            raise error
 
     target = Interrupted(context, "exec sleep 600", serve(READY))
-    with pytest.raises(error):
+    with pytest.raises(said) as caught:
         target.__enter__()
+    if isinstance(error, OSError):
+        assert str(caught.value) == "cmd could not be started: No space left on device at /f"
     assert target._process.returncode == -9
     assert entries(context) == []
 
