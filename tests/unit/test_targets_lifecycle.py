@@ -177,7 +177,7 @@ def test_a_death_at_the_start_is_an_error_with_the_console_of_this_start(context
 
 
 def test_a_death_later_is_an_error_of_check(serve: Serve, context: Context) -> None:
-    target = Command(context, "seq 99; exec sleep 600", serve(READY))
+    target = Command(context, "printf '%s\\n' $(seq 99); exec sleep 600", serve(READY))
     with target:
         while "99" not in (context.logs / "cmd.console").read_text():
             time.sleep(0.01)
