@@ -80,8 +80,8 @@ def prepare(rows: Rows, batch: int, seed: int) -> Queries:
     output = "label"
     if rows.labels is not None:
         expected = tuple(tuple(rows.labels[pick].tolist()) for pick in picks)
-    elif rows.model == "null":  # it answers with the number of rows
-        output, expected = "rows", ((batch,),) * number
+    elif rows.model == "null":  # it answers 1 for each row
+        output, expected = "rows", ((1,) * batch,) * number
     return Queries(rows.model, width, tuple(_body(rows.rows[pick]) for pick in picks), output, expected)
 
 

@@ -5,12 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from server.models.base import Model
-
-MODELS = ("knn", "dnn", "null")
+from server import catalogue
 
 
 def arguments() -> argparse.Namespace:
@@ -18,7 +14,7 @@ def arguments() -> argparse.Namespace:
         prog="python -m server", description="Serve models by the Open Inference Protocol v2."
     )
     add = parser.add_argument
-    add("--model", action="append", choices=MODELS, required=True, help="a model to serve; may be repeated")
+    add("--model", action="append", choices=catalogue.NAMES, required=True, help="a model to serve; may be repeated")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=_whole(0, 65535), default=8080, help="port, 0 for any free one (default: %(default)s)")
     add("--threads", type=_whole(1, 1024), default=1, help="BLAS threads (default: %(default)s)")
@@ -47,7 +43,7 @@ def main() -> int:
     app.log_in_lines()
     try:
         label = identity.read_label(chosen.tree_label) if chosen.tree_label else None
-        models = [load(name) for name in dict.fromkeys(chosen.model)]
+        models = [catalogue.load(name) for name in dict.fromkeys(chosen.model)]
     except (OSError, ValueError) as error:
         app.log(f"could not start: {error}")
         return 1
@@ -58,25 +54,6 @@ def main() -> int:
         app.log(f"could not serve on {chosen.host}:{chosen.port}: {error}")
         return 1
     return 0
-
-
-def load(name: str) -> "Model":
-    """The model of that name, ready to answer; what is not served is not imported."""
-    model: Model
-    if name == "knn":
-        from server.models.knn import KNN
-
-        model = KNN()
-    elif name == "dnn":
-        from server.models.dnn import DNN
-
-        model = DNN()
-    else:
-        from server.models.null import Null
-
-        model = Null()
-    model.load()
-    return model
 
 
 if __name__ == "__main__":

@@ -312,8 +312,10 @@ def _predict(
     start = time.monotonic_ns()
     wanted = protocol.parse(body, model, json_bytes)
     parsed = time.monotonic_ns()
-    results = model.predict(wanted.x, wanted.parameters)
+    batch = wanted.batch()
+    results = model.predict(batch)
     computed = time.monotonic_ns()
+    protocol.check_results(model, batch, results)
     made = protocol.response(model, version, wanted, results)
     content, encoding = packed(made.body, accepted)
     headers = {"Content-Type": "application/json"}

@@ -13,11 +13,15 @@ import orjson
 from numpy.typing import NDArray
 
 from server import tensors
-from server.models.base import Array, BadInput, Model, Tensor
+from server.models.base import Array, BadInput, Batch, Model, Tensor
 from server.tensors import kind, short
 
 # Hints to a scheduler that tritonclient sends; a server without a queue honours them by answering at once.
 HINTS = ("timeout", "priority")
+
+
+class BadOutput(Exception):
+    """A model gave what it does not say that it gives."""
 
 
 class NotOffered(Exception):
@@ -30,17 +34,16 @@ class Output(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A request that fits its model: arrays in the model's data types and shapes, `outputs` in the order wanted."""
+    """A request that fits its model: arrays in the model's data types and shapes, parameters that it takes, `outputs`
+    in the order wanted."""
 
     id: str | None
     inputs: Mapping[str, Array]
     parameters: Mapping[str, Any]
     outputs: tuple[Output, ...]
 
-    @property
-    def x(self) -> Array:
-        """The first input, shape (rows, width)."""
-        return next(iter(self.inputs.values()))
+    def batch(self) -> Batch:
+        return Batch(self.inputs, self.parameters, tuple(output.name for output in self.outputs))
 
 
 class Response(NamedTuple):
@@ -73,6 +76,7 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
         value = parameters.pop(hint, 0)
         if type(value) is not int or value < 0:
             raise BadInput(f"wanted a whole number, 0 or more, for {hint}; found {short(value)}")
+    model.check(parameters)
     outputs = _outputs(message.get("outputs"), model, all_binary)
     tail = None if length is None else memoryview(body)[length:]
     return Request(identifier, _inputs(message.get("inputs"), model, tail), parameters, outputs)
@@ -97,8 +101,8 @@ def _bare(body: bytes, model: Model) -> Request:
     if not body or len(body) % row:
         raise BadInput(f"input {wanted.name!r} wants a multiple of {row} bytes; found {len(body)}")
     size = tuple(len(body) // row if known == -1 else known for known in wanted.shape)
-    inputs = {wanted.name: tensors.from_bytes(body, dtype, size, wanted)}
-    return Request(None, inputs, {}, tuple(Output(output.name, True) for output in model.outputs))
+    inputs = {wanted.name: tensors.from_bytes(body, dtype, size, wanted, not model.takes_nonfinite)}
+    return Request(None, inputs, {}, _outputs(None, model, all_binary=True))
 
 
 def _inputs(inputs: Any, model: Model, tail: memoryview | None) -> dict[str, Array]:
@@ -114,13 +118,16 @@ def _inputs(inputs: Any, model: Model, tail: memoryview | None) -> dict[str, Arr
         if not isinstance(name, str) or name not in known or name in found:
             raise BadInput(f"model {model.name} wants the inputs {', '.join(known)}, each once; found {short(name)}")
         wanted = known[name]
-        dtype, size = tensors.datatype(tensor.get("datatype"), wanted), tensors.shape(tensor.get("shape"), wanted)
+        dtype, size = (
+            tensors.datatype(tensor.get("datatype"), wanted),
+            tensors.shape(tensor.get("shape"), wanted, model.takes_empty),
+        )
         parameters = _object(tensor, "parameters")
         _no_shared_memory(parameters)
         if "binary_data_size" not in parameters:
             if "data" not in tensor:
                 raise BadInput(f"input {name!r} has neither data nor the parameter binary_data_size")
-            found[name] = tensors.from_json(tensor["data"], dtype, size, wanted)
+            found[name] = tensors.from_json(tensor["data"], dtype, size, wanted, not model.takes_nonfinite)
             continue
         count = parameters["binary_data_size"]
         if "data" in tensor or tail is None:
@@ -129,17 +136,22 @@ def _inputs(inputs: Any, model: Model, tail: memoryview | None) -> dict[str, Arr
         if type(count) is not int or not 0 <= count <= len(tail) - start:
             raise BadInput(f"input {name!r} wants a binary_data_size of at most the {len(tail) - start} bytes that "
                            f"are left in the body; found {short(count)}")  # fmt: skip
-        found[name] = tensors.from_bytes(bytes(tail[start : start + count]), dtype, size, wanted)
+        data = bytes(tail[start : start + count])
+        found[name] = tensors.from_bytes(data, dtype, size, wanted, not model.takes_nonfinite)
         start += count
     if tail is not None and start != len(tail):
         raise BadInput(f"the inputs take {start} bytes after the JSON; found {len(tail)}")
+    rows = {name: len(found[name]) for name, tensor in known.items() if tensor.shape[0] == -1}
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{count} of {name!r}" for name, count in rows.items())
+        raise BadInput(f"model {model.name} wants as many rows in every input; found {counts}")
     return {name: found[name] for name in known}
 
 
 def _outputs(outputs: Any, model: Model, all_binary: bool) -> tuple[Output, ...]:
     known = tuple(tensor.name for tensor in model.outputs)
     if outputs is None or outputs == []:
-        return tuple(Output(name, all_binary) for name in known)
+        return tuple(Output(tensor.name, all_binary) for tensor in model.outputs if not tensor.on_request)
     if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
         raise BadInput(f"wanted a list of objects for outputs; found {kind(outputs)}")
     wanted: dict[str, Output] = {}
@@ -172,6 +184,23 @@ def _flag(value: Any, name: str) -> bool:
 def _no_shared_memory(parameters: Mapping[str, Any]) -> None:
     if any(key.startswith("shared_memory") for key in parameters):
         raise NotOffered("shared memory is not offered; send tensors in the body")
+
+
+def check_results(model: Model, batch: Batch, results: Mapping[str, Array]) -> None:
+    """Raise BadOutput where an output that is wanted is missing, or has not the data type and shape that it should."""
+    rows = len(next(iter(batch.inputs.values())))
+    for name, datatype, shape, _ in model.outputs:
+        if name not in batch.outputs:
+            continue
+        values = results.get(name)
+        wanted = (rows, *shape[1:]) if shape[0] == -1 else shape
+        if not isinstance(values, np.ndarray) or values.dtype != tensors.DTYPES[datatype] or len(shape) != values.ndim:
+            fits = False
+        else:
+            fits = all(size in (-1, found) for size, found in zip(wanted, values.shape, strict=True))
+        if not fits:
+            found = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
+            raise BadOutput(f"model {model.name} should give {name} as {datatype} {list(wanted)}; found {found}")
 
 
 def response(model: Model, version: str, request: Request, results: Mapping[str, NDArray[Any]]) -> Response:

@@ -42,22 +42,24 @@ def datatype(value: Any, wanted: Tensor) -> np.dtype[Any]:
     return DTYPES[value]
 
 
-def shape(value: Any, wanted: Tensor) -> tuple[int, ...]:
+def shape(value: Any, wanted: Tensor, empty: bool = False) -> tuple[int, ...]:
+    """The shape that a request says; `empty`: whether it may be one without rows."""
+    least = 0 if empty else 1
     fits = (
         isinstance(value, list)
         and len(value) == len(wanted.shape)
-        and all(type(size) is int and size >= 1 for size in value)
+        and all(type(size) is int and size >= 1 for size in value[1:])
+        and all(type(size) is int and size >= least for size in value[:1])
         and all(known in (-1, size) for size, known in zip(value, wanted.shape, strict=True))
     )
     if not fits:
-        raise BadInput(
-            f"input {wanted.name!r} wants a shape like {list(wanted.shape)}, 1 row or more; found {short(value)}"
-        )
+        more = "" if empty else ", 1 row or more"
+        raise BadInput(f"input {wanted.name!r} wants a shape like {list(wanted.shape)}{more}; found {short(value)}")
     return tuple(value)
 
 
-def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Tensor) -> Array:
-    """Values of `dtype`, flat or nested, as the data type that the model wants."""
+def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Tensor, finite: bool = True) -> Array:
+    """Values of `dtype`, flat or nested, as the data type that the model wants, and finite where that is asked for."""
     name, count = wanted.name, math.prod(size)
     try:
         values = np.asarray(data)
@@ -65,6 +67,8 @@ def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Te
             values = _whole(data, values)
     except ValueError:
         raise BadInput(f"input {name!r} wants numbers, in rows of equal length; found other data") from None
+    if count == 0 and values.size == 0:
+        values = np.zeros(size, dtype)
     if values.shape not in ((count,), size):
         raise BadInput(f"input {name!r} of shape {list(size)} wants {count} values, flat or in that shape; found "
                        f"data of shape {list(values.shape)}")  # fmt: skip
@@ -72,12 +76,12 @@ def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Te
     if values.dtype.kind not in kinds:
         noun = {"b": "true or false", "f": "numbers"}.get(dtype.kind, "whole numbers")
         raise BadInput(f"input {name!r} of {NAMES[dtype]} wants {noun}; found other values among its data")
-    if dtype.kind in "iu":
+    if dtype.kind in "iu" and count:
         bounds = np.iinfo(dtype)
         if int(values.min()) < bounds.min or int(values.max()) > bounds.max:
             raise BadInput(f"input {name!r} wants values from {bounds.min} to {bounds.max}; found others")
     with np.errstate(over="ignore"):  # becomes infinity, which is refused below
-        return _as_wanted(values.astype(dtype), size, wanted)
+        return _as_wanted(values.astype(dtype), size, wanted, finite)
 
 
 def _whole(data: Any, values: Array) -> Array:
@@ -88,17 +92,17 @@ def _whole(data: Any, values: Array) -> Array:
     return exact.astype(np.uint64) if fits else values
 
 
-def from_bytes(data: bytes, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Tensor) -> Array:
+def from_bytes(data: bytes, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Tensor, finite: bool = True) -> Array:
     if len(data) != math.prod(size) * dtype.itemsize:
         raise BadInput(f"input {wanted.name!r} of {NAMES[dtype]} and shape {list(size)} wants "
                        f"{math.prod(size) * dtype.itemsize} bytes; found {len(data)}")  # fmt: skip
-    if dtype.kind == "b" and max(data) > 1:
+    if dtype.kind == "b" and max(data, default=0) > 1:
         raise BadInput(f"input {wanted.name!r} of BOOL wants bytes that are 0 or 1; found others")
-    return _as_wanted(np.frombuffer(data, dtype), size, wanted)
+    return _as_wanted(np.frombuffer(data, dtype), size, wanted, finite)
 
 
-def _as_wanted(values: NDArray[Any], size: tuple[int, ...], wanted: Tensor) -> Array:
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
+def _as_wanted(values: NDArray[Any], size: tuple[int, ...], wanted: Tensor, finite: bool = True) -> Array:
+    if values.dtype.kind == "f" and finite and not np.isfinite(values).all():
         raise BadInput(f"input {wanted.name!r} wants values that are finite in {NAMES[values.dtype]}; found others")
     return values.astype(DTYPES[wanted.datatype], copy=False).reshape(size)
 

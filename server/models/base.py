@@ -1,42 +1,74 @@
-"""What a model is: a name, tensors in, tensors out."""
+"""What a model is: a name, tensors in, tensors out. docs/models.md shows how to write one."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Tensor(NamedTuple):
-    """A tensor as metadata names it: −1 stands for a dimension that varies, rows first."""
+    """A tensor as metadata names it: −1 stands for a dimension that varies, rows first. An output that is `on_request`
+    is left out of answers whose requests do not name it."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+    on_request: bool = False
+
+
+class Batch(NamedTuple):
+    """What one call of a model gets: every input, rows first, as many rows in each; parameters that `check` took; the
+    names of the outputs that are wanted."""
+
+    inputs: Mapping[str, Array]
+    parameters: Mapping[str, Any] = NOTHING
+    outputs: tuple[str, ...] = ()
 
 
 class BadInput(ValueError):
     """What a client sent cannot be used; the text says what was wanted and what was found."""
 
 
-class Model(Protocol):
-    """`predict` takes the input tensor x, shape (rows, width), and the request's parameters; it returns one array per
-    output, rows first. Raises BadInput for parameters that it does not take."""
+class Model:
+    """Required: name, inputs, outputs, predict. The rest is optional, and here are its defaults."""
 
     name: str
-    versions: tuple[str, ...]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    versions: tuple[str, ...] = ("1",)
 
-    def load(self) -> None: ...
+    #: Rows of several requests with equal parameters may share one call: every output has one row for each row of the
+    #: inputs, and it depends on that row alone.
+    batches: bool = True
+    #: With fewer rows than this, a call for each request costs less than one for all of them.
+    single_below: int = 0
+    #: NaN and infinity are values like others; requests without rows are requests like others.
+    takes_nonfinite: bool = False
+    takes_empty: bool = False
+    #: Parts of the last call of predict, in nanoseconds, by name.
+    stages: Mapping[str, int] = NOTHING
 
-    def predict(self, x: NDArray[np.float32], parameters: Mapping[str, Any]) -> dict[str, Array]: ...
+    def load(self) -> None:
+        """Read what predict needs: once, before the server listens, and again when a client loads it again."""
+
+    def warm_up(self) -> None:
+        """Do what makes the first call slow; after load."""
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Raise BadInput for parameters of a request that cannot be used, so that it is answered 400."""
+        known(self.name, parameters, ())
+
+    def predict(self, batch: Batch) -> Mapping[str, Array]:
+        """At least the outputs that are wanted, in the data types and shapes that `outputs` says."""
+        raise NotImplementedError
 
 
-def no_parameters(name: str, parameters: Mapping[str, Any], known: tuple[str, ...] = ()) -> None:
-    """Raise BadInput for a parameter that the model does not know."""
+def known(name: str, parameters: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Raise BadInput for a parameter that is not one of `names`."""
     for key in parameters:
-        if key not in known:
-            raise BadInput(f"model {name} takes {', '.join(known) or 'no parameters'}; found the parameter {key!r}")
+        if key not in names:
+            raise BadInput(f"model {name} takes {', '.join(names) or 'no parameters'}; found the parameter {key!r}")

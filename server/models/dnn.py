@@ -6,15 +6,15 @@ All is float32 and in place: what a batch needs is allocated once for the larges
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from server.models.base import Array, Tensor, no_parameters
+from server.models.base import Array, Batch, Model, Tensor
 
 LAYERS = (784, 800, 800, 10)
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -210,13 +210,12 @@ def train(
     return done
 
 
-class DNN:
+class DNN(Model):
     """The trained network on MNIST digits; rows are answered in one matrix product per layer."""
 
     name = "dnn"
-    versions: tuple[str, ...] = ("1",)
-    inputs: tuple[Tensor, ...] = (Tensor("x", "FP32", (-1, 784)),)
-    outputs: tuple[Tensor, ...] = (Tensor("label", "INT64", (-1,)), Tensor("probabilities", "FP32", (-1, 10)))
+    inputs = (Tensor("x", "FP32", (-1, 784)),)
+    outputs = (Tensor("label", "INT64", (-1,)), Tensor("probabilities", "FP32", (-1, 10)))
 
     def load(self) -> None:
         with np.load(Path(__file__).resolve().parent / "data" / "dnn_weights.npz") as stored:
@@ -226,7 +225,6 @@ class DNN:
                 [stored[f"b{i}"].astype(np.float32) for i in range(count)],
             )
 
-    def predict(self, x: NDArray[np.float32], parameters: Mapping[str, Any]) -> dict[str, Array]:
-        no_parameters(self.name, parameters)
-        probabilities = self._network.probabilities(x)
+    def predict(self, batch: Batch) -> dict[str, Array]:
+        probabilities = self._network.probabilities(batch.inputs["x"])
         return {"label": probabilities.argmax(axis=1), "probabilities": probabilities}

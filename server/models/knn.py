@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.models.base import Array, BadInput, Tensor, no_parameters
+from server.models.base import Array, BadInput, Batch, Model, Tensor, known
 
 DATA = Path(__file__).resolve().parent / "data"
 SCORES_MIB = 32  # the most that is scored at once; fewer where the sgemm gains nothing and the cache is left
 PAIRS = 2**18  # candidates that are decided at once, unless one query has more
 BLOCK = 2**16  # float64 numbers of differences that are held at once: half a MiB, for the cache
 GROUP = 16
+K = 5  # where a request names none
 UNIT, UNIT_64 = 2.0**-24, 2.0**-53  # rounding of float32 and, which tells for a query far from all, of float64
 LEAST = 2.0**-120  # rounding of tiny float32 numbers, with room
 Floats = NDArray[np.float32]
@@ -144,13 +145,12 @@ def _reached(scores: Floats, k: int) -> Floats:
     return kth
 
 
-class KNN:
+class KNN(Model):
     """The Wisconsin breast cancer data, standardised."""
 
     name = "knn"
-    versions: tuple[str, ...] = ("1",)
-    inputs: tuple[Tensor, ...] = (Tensor("x", "FP32", (-1, 30)),)
-    outputs: tuple[Tensor, ...] = (Tensor("label", "INT64", (-1,)), Tensor("votes", "INT64", (-1,)))
+    inputs = (Tensor("x", "FP32", (-1, 30)),)
+    outputs = (Tensor("label", "INT64", (-1,)), Tensor("votes", "INT64", (-1,)))
 
     def load(self) -> None:
         with np.load(DATA / "breast_cancer.npz") as stored:
@@ -159,11 +159,14 @@ class KNN:
         self._scale = 1.0 / scale
         self._neighbours = Neighbours((rows - self._mean) * self._scale, labels)
 
-    def predict(self, x: NDArray[np.float32], parameters: Mapping[str, Any]) -> dict[str, Array]:
-        no_parameters(self.name, parameters, ("k",))
-        k, most = parameters.get("k", 5), len(self._neighbours.points)
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= most:
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        known(self.name, parameters, ("k",))
+        k, most = parameters.get("k", K), len(self._neighbours.points)
+        if type(k) is not int or not 1 <= k <= most:
             raise BadInput(f"model knn wants a whole number from 1 to {most} for k; found {k!r}")
-        found, _ = self._neighbours.nearest((x.astype(np.float64) - self._mean) * self._scale, k)
+
+    def predict(self, batch: Batch) -> dict[str, Array]:
+        asked = (batch.inputs["x"].astype(np.float64) - self._mean) * self._scale
+        found, _ = self._neighbours.nearest(asked, batch.parameters.get("k", K))
         labels, votes = self._neighbours.vote(found)
         return {"label": labels, "votes": votes}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from server.models.base import Batch
 from server.models.dnn import DNN, Network, train
 from server.models.knn import DATA, KNN
 
@@ -44,13 +45,13 @@ def main() -> None:
     dnn.load()
     knn.load()
     held_out, truth = x[TRAIN:], labels[TRAIN:]
-    found = dnn.predict(held_out, {})
+    found = dnn.predict(Batch({"x": held_out}))
     print(f"accuracy on {len(truth)} held-out digits: {float((found['label'] == truth).mean()):.4f}")
     second, best = np.sort(found["probabilities"], axis=1).T[-2:]
     clear = np.flatnonzero(best - second > CLEAR)[:QUERIES]
     np.savez_compressed(DATA / "dnn.npz", rows=held_out[clear], labels=found["label"][clear])
     rows = np.random.default_rng(SEED).permutation(known)
-    np.savez_compressed(DATA / "knn.npz", rows=rows, labels=knn.predict(rows, {})["label"])
+    np.savez_compressed(DATA / "knn.npz", rows=rows, labels=knn.predict(Batch({"x": rows}))["label"])
     np.savez_compressed(DATA / "null.npz", rows=rows)
 
 

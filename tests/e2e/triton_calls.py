@@ -77,7 +77,7 @@ def datatypes(client: Any) -> None:
     for name, dtype in types.items():
         for binary in (True, False) if name != "FP16" else (True,):
             found = client.infer("null", [tensor(np.ones((3, 2), dtype), name, binary)])
-            assert found.as_numpy("rows").tolist() == [3]
+            assert found.as_numpy("rows").tolist() == [1] * 3
     for name, dtype in {"INT32": "i4", "UINT32": "u4", "INT64": "i8", "UINT64": "u8", "FP64": "f8"}.items():
         refused(lambda n=name, d=dtype: client.infer("null", [tensor(np.ones((3, 2), d), n)]), "400", name, "FP32")
     texts = tensor(np.array([[b"a"]], dtype=object), "BYTES")

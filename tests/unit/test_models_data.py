@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from server.models.base import Batch
 from server.models.dnn import DNN
 from server.models.knn import KNN
 from tests.unit.serving import DATA
@@ -32,12 +33,12 @@ def test_expected_labels_are_the_models_own_and_clear() -> None:
     with np.load(DATA / "knn.npz") as stored:
         knn = KNN()
         knn.load()
-        assert np.array_equal(knn.predict(stored["rows"], {})["label"], stored["labels"])
+        assert np.array_equal(knn.predict(Batch({"x": stored["rows"]}))["label"], stored["labels"])
         assert set(stored["labels"]) == {0, 1}
     with np.load(DATA / "dnn.npz") as stored:
         dnn = DNN()
         dnn.load()
-        found = dnn.predict(stored["rows"], {})
+        found = dnn.predict(Batch({"x": stored["rows"]}))
         assert np.array_equal(found["label"], stored["labels"])
         assert set(stored["labels"]) == set(range(10))
         best = np.sort(found["probabilities"], axis=1)

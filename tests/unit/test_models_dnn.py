@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server.models.base import BadInput
+from server.models.base import BadInput, Batch
 from server.models.dnn import DNN, LAYERS, Network, train
 from tests.unit.serving import DATA
 
@@ -212,7 +212,7 @@ def test_the_committed_weights_reach_their_stated_accuracy(model: DNN) -> None:
     x, labels = digits()
     held_out, truth = x[TRAIN:], labels[TRAIN:]
     assert len(held_out) >= 1000
-    accuracy = float((model.predict(held_out, {})["label"] == truth).mean())
+    accuracy = float((model.predict(Batch({"x": held_out}))["label"] == truth).mean())
     assert accuracy >= 0.94
     assert f"{100 * accuracy:.1f} %" in (DATA / "README.md").read_text()
 
@@ -221,7 +221,7 @@ def test_probabilities_stay_probabilities(model: DNN) -> None:
     chance = np.random.default_rng(0)
     for scale in (0, 1, 1e4):
         x = (chance.random((20, 784)) * scale).astype(np.float32)
-        found = model.predict(x, {})
+        found = model.predict(Batch({"x": x}))
         assert found["probabilities"].dtype == np.float32
         assert found["label"].dtype == np.int64
         assert np.isfinite(found["probabilities"]).all()
@@ -231,9 +231,9 @@ def test_probabilities_stay_probabilities(model: DNN) -> None:
 
 def test_a_batch_changes_probabilities_by_rounding_only(model: DNN) -> None:
     x = digits()[0][-64:]
-    whole = model.predict(x, {})
+    whole = model.predict(Batch({"x": x}))
     for size in (1, 5):
-        parts = [model.predict(x[i : i + size], {}) for i in range(0, 64, size)]
+        parts = [model.predict(Batch({"x": x[i : i + size]})) for i in range(0, 64, size)]
         assert np.array_equal(np.concatenate([part["label"] for part in parts]), whole["label"])
         assert np.concatenate([part["probabilities"] for part in parts]) == pytest.approx(
             whole["probabilities"], abs=1e-5
@@ -243,10 +243,10 @@ def test_a_batch_changes_probabilities_by_rounding_only(model: DNN) -> None:
 def test_the_input_is_left_as_it_was(model: DNN) -> None:
     x = digits()[0][:8]
     before = x.copy()
-    model.predict(x, {})
+    model.predict(Batch({"x": x}))
     assert np.array_equal(x, before)
 
 
 def test_parameters_are_refused(model: DNN) -> None:
     with pytest.raises(BadInput, match="dnn"):
-        model.predict(np.zeros((1, 784), dtype=np.float32), {"k": 5})
+        model.check({"k": 5})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server.models.base import BadInput
+from server.models.base import BadInput, Batch
 from server.models.knn import GROUP, KNN, SCORES_MIB, Neighbours
 from tests.unit.serving import DATA
 
@@ -41,7 +41,7 @@ def test_the_obvious_version_says_the_same(model: KNN, known: tuple[Any, Any], k
     points = rows.astype(np.float64)
     deviation = points.std(axis=0)
     queries = near(rows, k, 60)
-    found = model.predict(queries, {"k": k})
+    found = model.predict(Batch({"x": queries}, {"k": k}))
     for number, query in enumerate(queries):
         apart = [sum(((point - query) / deviation) ** 2) for point in points]
         nearest = sorted(range(len(points)), key=lambda index: (apart[index], index))[:k]
@@ -53,7 +53,7 @@ def test_the_obvious_version_says_the_same(model: KNN, known: tuple[Any, Any], k
 
 def test_a_known_row_is_its_own_neighbour(model: KNN, known: tuple[Any, Any]) -> None:
     rows, labels = known
-    found = model.predict(rows, {"k": 1})
+    found = model.predict(Batch({"x": rows}, {"k": 1}))
     assert np.array_equal(found["label"], labels)
     assert set(found["votes"]) == {1}
 
@@ -188,19 +188,19 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_an_answer_does_not_depend_on_its_batch(model: KNN, known: tuple[Any, Any]) -> None:
     queries = near(known[0], 7, 200)
-    whole = model.predict(queries, {"k": 9})
+    whole = model.predict(Batch({"x": queries}, {"k": 9}))
     order = np.random.default_rng(1).permutation(200)
-    shuffled = model.predict(queries[order], {"k": 9})
+    shuffled = model.predict(Batch({"x": queries[order]}, {"k": 9}))
     for name, values in whole.items():
         assert np.array_equal(shuffled[name], values[order])
         for size in (1, 3, 17):
-            parts = [model.predict(queries[i : i + size], {"k": 9})[name] for i in range(0, 200, size)]
+            parts = [model.predict(Batch({"x": queries[i : i + size]}, {"k": 9}))[name] for i in range(0, 200, size)]
             assert np.array_equal(np.concatenate(parts), values)
 
 
 def test_huge_and_far_rows_have_answers(model: KNN) -> None:
     rows = np.array([np.full(30, 3e38), np.full(30, -3e38), np.zeros(30), np.full(30, 1e-40)], dtype=np.float32)
-    found = model.predict(rows, {})
+    found = model.predict(Batch({"x": rows}))
     assert found["label"].dtype == found["votes"].dtype == np.int64
     assert ((found["votes"] >= 3) & (found["votes"] <= 5)).all()
 
@@ -208,9 +208,9 @@ def test_huge_and_far_rows_have_answers(model: KNN) -> None:
 @pytest.mark.parametrize("k", [0, -1, 570, 2.5, "5", True, None, [5]])
 def test_k_must_be_possible(model: KNN, k: Any) -> None:
     with pytest.raises(BadInput, match="1 to 569"):
-        model.predict(np.zeros((1, 30), dtype=np.float32), {"k": k})
+        model.check({"k": k})
 
 
 def test_other_parameters_are_refused(model: KNN) -> None:
     with pytest.raises(BadInput, match="neighbours"):
-        model.predict(np.zeros((1, 30), dtype=np.float32), {"neighbours": 5})
+        model.check({"neighbours": 5})

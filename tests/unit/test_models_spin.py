@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from server.models.base import BadInput
+from server.models.base import BadInput, Batch
 from server.models.spin import Spin
 
 X = np.zeros((3, 2), dtype=np.float32)
@@ -14,7 +14,7 @@ X = np.zeros((3, 2), dtype=np.float32)
 
 def took_ns(model: Spin) -> int:
     start = time.monotonic_ns()
-    assert model.predict(X, {})["rows"].tolist() == [3]
+    assert model.predict(Batch({"x": X}))["rows"].tolist() == [1, 1, 1]
     return time.monotonic_ns() - start
 
 
@@ -39,4 +39,4 @@ def test_what_is_no_time_or_no_share_is_refused() -> None:
         with pytest.raises(ValueError, match="spin wants"):
             Spin(us, tail_us, tail_p)
     with pytest.raises(BadInput, match="spin"):
-        Spin(0).predict(X, {"k": 1})
+        Spin(0).check({"k": 1})

@@ -46,9 +46,9 @@ def test_large_batches_are_fewer() -> None:
     assert 1 <= len(made.bodies) < 10 and sum(map(len, made.bodies)) < 100e6
 
 
-def test_the_null_model_answers_with_the_number_of_rows() -> None:
+def test_the_null_model_answers_1_for_each_row() -> None:
     made = prepare(Rows("null", rows().rows, None), 3, 1)
-    assert made.output == "rows" and made.expected is not None and set(made.expected) == {(3,)}
+    assert made.output == "rows" and made.expected is not None and set(made.expected) == {(1, 1, 1)}
 
 
 def test_rows_without_labels_are_not_compared() -> None:

@@ -154,8 +154,8 @@ def test_one_input_in_json_and_one_in_bytes() -> None:
         head = json.dumps({"inputs": inputs}).encode()
         found = protocol.parse(head + y.tobytes(), Pair(), str(len(head)))
         assert list(found.inputs) == ["x", "y"]
-        assert found.x.dtype == np.float32
-        assert found.x.tolist() == [[1, 2], [3, 255]]
+        assert found.inputs["x"].dtype == np.float32
+        assert found.inputs["x"].tolist() == [[1, 2], [3, 255]]
         assert np.array_equal(found.inputs["y"], y)
 
 
@@ -202,7 +202,7 @@ def test_near_requests_are_read_or_refused(tail: bytes, size: int, slip: int, da
     except BadInput as error:
         assert str(error)
     else:
-        assert found.x.shape == (size, 1)
+        assert found.inputs["x"].shape == (size, 1)
 
 
 def test_stats_config_and_the_repository_take_nonsense(server: Running) -> None:

@@ -40,7 +40,7 @@ def test_server_metadata(server: Running) -> None:
     [
         ("knn", [("x", "FP32", [-1, 30])], [("label", "INT64", [-1]), ("votes", "INT64", [-1])]),
         ("dnn", [("x", "FP32", [-1, 784])], [("label", "INT64", [-1]), ("probabilities", "FP32", [-1, 10])]),
-        ("null", [("x", "FP32", [-1, -1])], [("rows", "INT64", [1])]),
+        ("null", [("x", "FP32", [-1, -1])], [("rows", "INT64", [-1])]),
     ],
 )
 def test_model_metadata(server: Running, model: str, inputs: list[object], given: list[object]) -> None:
@@ -87,8 +87,8 @@ def test_probabilities_are_flat_rows_that_add_up(server: Running) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (100, 30)])
-def test_null_counts_rows_of_any_width(server: Running, shape: tuple[int, int]) -> None:
-    assert outputs(server.infer("null", np.zeros(shape)))["rows"].tolist() == [shape[0]]
+def test_null_answers_1_for_each_row_of_any_width(server: Running, shape: tuple[int, int]) -> None:
+    assert outputs(server.infer("null", np.zeros(shape)))["rows"].tolist() == [1] * shape[0]
 
 
 def test_data_may_be_nested_or_flat_and_written_as_whole_numbers(server: Running) -> None:
