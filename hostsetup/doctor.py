@@ -73,14 +73,12 @@ class Findings:
 
 
 def examine(*, attempt: bool = False) -> Findings:
-    """Look at everything; with `attempt`, also try (10 s at most) whether KVM boots a guest."""
+    """Look at everything; with `attempt`, also try (10 s at most) whether KVM boots a guest, unless it did before."""
     images = _images()
-    if attempt and isinstance(images, store.Images) and kvm.kvm_boots(images) is None:
-        with Ledger.open("run", "doctor") as ledger:
-            kvm.trial(images, ledger)
+    tried = _try_kvm(images) if attempt and isinstance(images, store.Images) else ""
     checks = (
         _processor(), _python(), _rights(), _tun(), _cgroups(), _memory(), _disk(), _cores(), *_programs(), _engine(),
-        _images_check(images), _firecracker(), _kvm(images),
+        _images_check(images), _firecracker(), _kvm(images, tried),
     )  # fmt: skip
     return Findings(checks, _kinds({check.name: check for check in checks}))
 
@@ -230,19 +228,35 @@ def _firecracker() -> Check:
     return Check("firecracker", True, f"{path} ({version})")
 
 
-def _kvm(images: store.Images | IsolatencyError) -> Check:
-    """Not whether guests can run, but whether they run on KVM."""
+def _try_kvm(images: store.Images) -> str:
+    """Why it could not be tried; empty where it was, or is known to boot. A failed trial may have mended itself."""
+    if not kvm.opens() or kvm.kvm_boots(images):
+        return ""
+    try:
+        with Ledger.open("run", "doctor") as ledger:
+            kvm.trial(images, ledger)
+    except IsolatencyError as error:
+        return str(error)
+    return ""
+
+
+def _kvm(images: store.Images | IsolatencyError, untried: str) -> Check:
+    """Not whether guests can run, but whether they run on KVM; `untried` is why a trial was not possible."""
     if not kvm.DEVICE.exists():
         return Check("kvm", False, f"no {kvm.DEVICE}: guests run emulated, and are marked so")
-    if not os.access(kvm.DEVICE, os.R_OK | os.W_OK):
+    if not kvm.opens():
         return Check("kvm", False, f"{kvm.DEVICE} is not open to you: guests run emulated", "usermod -aG kvm USER")
     if isinstance(images, IsolatencyError):
         return Check("kvm", None, f"{kvm.DEVICE} is there, which proves nothing; trying it takes images", BUILD)
     known = kvm.kvm_boots(images)
-    if known is None:
-        return Check("kvm", None, f"{kvm.DEVICE} is there, which proves nothing", TRY)
-    found = "a guest boots on it" if known else "but no guest boots on it: they run emulated, and are marked so"
-    return Check("kvm", known, f"{kvm.DEVICE} is there, {found}")
+    if untried or known is None:
+        found = f"it could not be tried: {untried}" if untried else "which proves nothing"
+        return Check("kvm", None, f"{kvm.DEVICE} is there, {found}", SETUP if untried else TRY)
+    if known:
+        return Check("kvm", True, f"{kvm.DEVICE} is there, a guest boots on it")
+    said = f"the guest's last word: {kvm.why_not(images)}"
+    found = f"but no guest boots on it ({said}): they run emulated, and are marked so"
+    return Check("kvm", False, f"{kvm.DEVICE} is there, {found}")
 
 
 _NEEDS = {
@@ -262,7 +276,7 @@ def _kinds(checks: dict[str, Check]) -> dict[str, Verdict]:
 def _kind(kind: str, checks: dict[str, Check]) -> Verdict:
     lacking = [checks[name] for name in _NEEDS[kind] if checks[name].ok is False]
     boots = checks["kvm"].ok
-    if kind == "firecracker" and boots is not True and checks["qemu-system-x86_64"].ok is False:
+    if kind == "firecracker" and boots is False and checks["qemu-system-x86_64"].ok is False:
         lacking.append(checks["qemu-system-x86_64"])
     if lacking:
         return Verdict(False, "; ".join(f"{check.name}: {check.found}" for check in lacking), lacking[0].fix)

@@ -57,6 +57,8 @@ def up(targets: Sequence[str], models: Sequence[str], internet: bool, say: Say) 
     here = _run.machine()
     _plan.validate(plan, here)
     args = [word for model in plan.models for word in ("--model", model)] + ["--jobs"]
+    with Ledger.open("run", "up") as ledger:
+        _run.settle_kvm(plan.specs(), ledger)
     for spec in plan.specs():
         cores = _run.split_cores(here.cores, spec.cpus)[0]
         if shell.dry_run():
@@ -65,7 +67,9 @@ def up(targets: Sequence[str], models: Sequence[str], internet: bool, say: Say) 
                 _run.dry_run_target(spec, context)
             continue
         say(f"starting {spec.name}")
-        yield str(supervisor.start(spec, cores=cores, server_args=args, internet=internet).notes["url"])
+        notes = supervisor.start(spec, cores=cores, server_args=args, internet=internet).notes
+        say(f"{notes['label']} answers after {notes['ready_s']:.1f} s")
+        yield str(notes["url"])
 
 
 def table(console: Console) -> None:

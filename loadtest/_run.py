@@ -5,7 +5,7 @@ import secrets
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,6 @@ class Show:
 
     step: Callable[[str], None] = lambda text: None
     progress: Callable[[float, float], None] = lambda done, total: None
-    notes: list[str] = field(default_factory=list)
 
 
 def machine() -> Machine:
@@ -100,7 +99,7 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
         Ledger.open("run", " ".join(spec.name for spec in plan.specs())) as ledger,
     ):
         cores, client, shared = split_cores(here.cores, max((spec.cpus for spec in own), default=1))
-        todo = phases(plan, _kvm(own, images, ledger))
+        todo = phases(plan, settle_kvm(own, ledger))
         for phase in todo:
             _check_memory(phase, here)
         total = sum(estimate_s(plan, phase) for phase in todo)
@@ -116,12 +115,10 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
         return record.path, _run_phases(plan, todo, replace(context, logs=record.path / "logs"), record, show)
 
 
-def _kvm(own: Sequence[Spec], images: store.Images | None, ledger: Ledger) -> bool:
+def settle_kvm(specs: Sequence[Spec], ledger: Ledger) -> bool:
     """Whether KVM boots a guest here; tried once where some target would use it."""
-    if images is None or not any(KINDS[spec.kind].wants_kvm for spec in own):
-        return False
-    known = kvm.kvm_boots(images)
-    return kvm.trial(images, ledger) if known is None and not shell.dry_run() else bool(known)
+    wanted = any(KINDS[spec.kind].wants_kvm and not KINDS[spec.kind].emulated(spec, True) for spec in specs)
+    return wanted and kvm.settled(store.current(), ledger)
 
 
 def _check_memory(phase: Phase, here: Machine) -> None:
