@@ -44,8 +44,7 @@ class Container(Lifecycle):
         engine = self._stack.enter_context(_engine(host))
         try:
             image = self._image(engine)
-            entry = ledger.add("container", name=name, docker_host=host)
-            self._stack.callback(ledger.remove, entry)
+            self._own(ledger.add("container", name=name, docker_host=host))
             self.started = time.monotonic()
             self._container: Running = engine.containers.run(image, **settings)
             self._stack.callback(self._stop)

@@ -91,8 +91,7 @@ class Guest(Lifecycle):
         ledger, spec = self.context.ledger, self.spec
         place = self._stack.enter_context(placed(ledger, spec.name, self.context.cores[-spec.cpus :], None))
         self.caveats += place.caveats
-        number, mark = ledger.mark(spec.name)
-        self._stack.callback(ledger.remove, number)
+        mark = self._mark()
         self.started = time.monotonic()
         with self._output() as console:
             self.process = shell.spawn(

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -46,6 +46,7 @@ class Lifecycle(ABC):
         self.context = context
         self.caveats: list[str] = []
         self._stack = ExitStack()
+        self._running: list[int] = []  # what the ledger has of its processes and containers
         self.console = context.logs / f"{spec.name}.console"
         self.started = 0.0  # where `ready_s` and the bound begin; `_start` sets it anew after making images
         self.console_from = 0  # an earlier start of the same name may have written before
@@ -60,6 +61,17 @@ class Lifecycle(ABC):
 
     @abstractmethod
     def pids(self) -> list[int]: ...
+
+    def _own(self, number: int) -> None:
+        """Have an entry of the ledger removed with the target, and before all else when its start is interrupted."""
+        self._running.append(number)
+        self._stack.callback(self.context.ledger.remove, number)
+
+    def _mark(self) -> dict[str, str]:
+        """Write down a process that is about to be started; the environment that marks it."""
+        number, mark = self.context.ledger.mark(self.spec.name)
+        self._own(number)
+        return mark
 
     def _output(self) -> IO[bytes]:
         """Where the console goes."""
@@ -112,8 +124,10 @@ class Lifecycle(ABC):
             raise TargetError(
                 f"{self.spec.name} could not be started: {error.strerror or error}{where}", detail=detail
             ) from error
-        except BaseException:
-            self._stack.close()
+        except BaseException:  # Ctrl-C, for one: nobody is asked to end, which may take a guest half a minute
+            with suppress(IsolatencyError), self._stack:  # what stays is in the ledger
+                for number in reversed(self._running):
+                    self.context.ledger.remove(number)
             raise
 
     def _endpoint(self, url: str, found: Any, ready_s: float, first_ms: float | None) -> Endpoint:

@@ -55,8 +55,7 @@ class Process(Lifecycle):
         argv = place.argv(
             [*_unshare(), "/bin/sh", "-c", _ENTER, "sh", self.images.tree, root, *self._server(root, port)]
         )
-        number, mark = ledger.mark(spec.name)
-        self._stack.callback(ledger.remove, number)
+        mark = self._mark()
         if not shell.dry_run():
             root.mkdir()
         with self._output() as console:

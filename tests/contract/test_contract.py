@@ -274,6 +274,26 @@ def test_a_nested_start_in_which_the_emulated_host_dies_is_repeated_once(new: Ma
     assert _host(ledger) == before
 
 
+@pytest.mark.parametrize("kind", ["docker", "uml", "qemu", "firecracker"])
+def test_an_interrupted_start_is_ended_by_force(kind: str, new: Maker, ledger: Ledger) -> None:
+    """Ctrl-C while it starts, in a nested Firecracker while its guest boots: asked to end, that takes half a minute."""
+    before, target = _host(ledger), new(kind)
+
+    def interrupt() -> None:
+        begun = {"docker": "_running", "firecracker": "_api"}.get(kind, "process")
+        while not getattr(target, begun, None):
+            time.sleep(0.01)
+        time.sleep({"docker": 0, "firecracker": 2}.get(kind, 0.2))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        target.__enter__()
+    if kind != "docker":
+        assert target.process.returncode == -signal.SIGKILL  # type: ignore[attr-defined]
+    assert _host(ledger) == before
+
+
 @pytest.mark.skipif(not host_root(), reason="makes a network namespace for the outside; run as root")
 def test_internet_leads_a_guest_out_and_goes_with_it(new: Maker, ledger: Ledger) -> None:
     """A second namespace is the outside: what the guest answers to it goes by its default route and is forwarded here.

@@ -84,8 +84,7 @@ class Command(Lifecycle):
         self._script, self._url = script, url
 
     def _start(self) -> str:
-        number, mark = self.context.ledger.mark("cmd")
-        self._stack.callback(self.context.ledger.remove, number)
+        mark = self._mark()
         with self._output() as console:
             self._process = shell.spawn(["/bin/sh", "-c", self._script], env=bare_environment(mark), stdout=console)
         self._stack.callback(self._process.wait)
@@ -214,6 +213,21 @@ def test_whatever_ends_the_start_takes_everything_down(
     if isinstance(error, OSError):
         assert str(caught.value) == "cmd could not be started: No space left on device at /f"
     assert target._process.returncode == -9
+    assert entries(context) == []
+
+
+def test_an_interrupted_start_asks_nobody_to_end(serve: Serve, context: Context) -> None:
+    """What takes its time when it is asked (a nested guest) is ended first, and only then taken down in order."""
+    alive: list[bool] = []
+
+    class Slow(Command):
+        def _first_prediction(self, url: str) -> float | None:
+            self._stack.callback(lambda: alive.append(self._process.poll() is None))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Slow(context, "exec sleep 600", serve(READY)).__enter__()
+    assert alive == [False]
     assert entries(context) == []
 
 
