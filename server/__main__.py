@@ -14,7 +14,7 @@ def arguments() -> argparse.Namespace:
         prog="python -m server", description="Serve models by the Open Inference Protocol v2."
     )
     add = parser.add_argument
-    add("--model", action="append", choices=catalogue.NAMES, required=True, help="a model to serve; may be repeated")
+    catalogue.add_arguments(add)
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=_whole(0, 65535), default=8080, help="port, 0 for any free one (default: %(default)s)")
     add("--threads", type=_whole(1, 1024), default=1, help="BLAS threads (default: %(default)s)")
@@ -43,7 +43,7 @@ def main() -> int:
     app.log_in_lines()
     try:
         label = identity.read_label(chosen.tree_label) if chosen.tree_label else None
-        models = [catalogue.load(name) for name in dict.fromkeys(chosen.model)]
+        models = catalogue.load(chosen.model, chosen)
     except (OSError, ValueError) as error:
         app.log(f"could not start: {error}")
         return 1

@@ -243,4 +243,5 @@ def config(model: Model) -> dict[str, Any]:
     return {
         "name": model.name, "platform": "numpy", "backend": "python", "max_batch_size": 0,
         "input": listed(model.inputs), "output": listed(model.outputs),
+        "parameters": {key: {"string_value": str(value)} for key, value in model.settings.items()},
     }  # fmt: skip

@@ -49,6 +49,8 @@ class Model:
     #: NaN and infinity are values like others; requests without rows are requests like others.
     takes_nonfinite: bool = False
     takes_empty: bool = False
+    #: What it was told at the start, for the model's configuration.
+    settings: Mapping[str, Any] = NOTHING
     #: Parts of the last call of predict, in nanoseconds, by name.
     stages: Mapping[str, int] = NOTHING
 

