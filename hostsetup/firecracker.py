@@ -15,8 +15,8 @@ import requests
 import requests_unixsocket
 
 from hostsetup import kvm
-from hostsetup.guest import Guest, refuse_long, shell_code_in_words
-from hostsetup.lifecycle import TAIL_LINES, DeathError
+from hostsetup.guest import Guest, refuse_long
+from hostsetup.lifecycle import TAIL_LINES, DeathError, shell_code_in_words
 from hostsetup.target import Endpoint
 from images import shell, vmm
 from images.errors import MissingError, TargetError

@@ -15,7 +15,7 @@ from pathlib import Path
 from hostsetup import network
 from hostsetup.cgroup import placed
 from hostsetup.ledger import folder
-from hostsetup.lifecycle import Lifecycle, bare_environment, in_words, private_folder, tree_of
+from hostsetup.lifecycle import Lifecycle, bare_environment, in_words, private_folder, shell_code_in_words, tree_of
 from hostsetup.target import PORT
 from images import shell
 from images.errors import MissingError, UsageError
@@ -122,11 +122,6 @@ class Guest(Lifecycle):
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-
-
-def shell_code_in_words(code: int) -> str:
-    """How a program ended, by what a shell says of it: 128 + n for signal n."""
-    return in_words(128 - code if code > 128 else code)
 
 
 def tsc_khz(seconds: float = 0.2) -> int:

@@ -247,6 +247,11 @@ def in_words(code: int) -> str:
     return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
+def shell_code_in_words(code: int) -> str:
+    """The same where it was a shell that saw the end: it says 128 + n for signal n."""
+    return in_words(128 - code if code > 128 else code)
+
+
 def bare_environment(mark: dict[str, str], **more: str) -> dict[str, str]:
     """What a launcher or a VMM gets: a path and its mark, nothing of the user's."""
     return {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", **mark, **more}

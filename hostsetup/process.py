@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from hostsetup.cgroup import placed
 from hostsetup.ledger import folder
-from hostsetup.lifecycle import Lifecycle, bare_environment, in_words, private_folder, tree_of
+from hostsetup.lifecycle import Lifecycle, bare_environment, private_folder, shell_code_in_words, tree_of
 from hostsetup.namespaces import host_root
 from images import shell, store
 from images.errors import IsolatencyError
@@ -33,7 +33,10 @@ for device in null zero full random urandom; do
     : >"$root/dev/$device"
     mount --bind "/dev/$device" "$root/dev/$device"
 done
-exec "$@"
+# Not exec: the first process of the namespace stays, as root, with the signal that it gets at the launcher's death. The
+# server loses that signal where it becomes user 1000.
+"$@"
+exit 0
 """
 
 
@@ -74,13 +77,13 @@ class Process(Lifecycle):
 
     def _ended(self) -> str | None:
         code = self._process.poll()
-        return None if code is None else in_words(code)
+        return None if code is None else shell_code_in_words(code)
 
     def pids(self) -> list[int]:
         return tree_of(self._process.pid)
 
     def _stop(self) -> None:
-        """SIGTERM to the server, the launcher's only child; the ledger's SIGKILL follows."""
+        """SIGTERM to the server (the first process of a namespace takes none); the ledger's SIGKILL follows."""
         for pid in self.pids()[1:]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 
 from hostsetup import doctor, kvm
@@ -150,6 +151,28 @@ def test_a_death_is_an_error_with_the_end_of_the_console(kind: str, new: Maker, 
         else:
             pytest.fail("the death of the target was not noticed")
     assert _host(ledger) == before
+
+
+@pytest.mark.parametrize("kind", ["process", "uml"])
+def test_the_death_of_the_launcher_is_the_servers(kind: str, new: Maker) -> None:
+    """Without the ledger's and the cgroup's help, which nobody gives after a kill of everything else."""
+    target = new(kind)
+    with target:
+        launcher, *others = target.pids()
+        assert others
+        os.kill(launcher, signal.SIGKILL)
+        end = time.monotonic() + 50
+        while any(_lives(pid) for pid in others):
+            assert time.monotonic() < end, "the server outlives its launcher"
+            time.sleep(0.02)
+
+
+def _lives(pid: int) -> bool:
+    """Running, and not merely waiting to be reaped."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.mark.parametrize("kind", ["process", "docker"])
