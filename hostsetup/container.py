@@ -73,6 +73,7 @@ class Container(Lifecycle):
             "memswap_limit": f"{spec.mem_mib}m",
             "read_only": True,
             "tmpfs": TMPFS,
+            "use_config_proxy": False,  # the user's proxies are no part of the one environment
         }
         if "image" not in spec.options:
             # Docker adds HOSTNAME to the environment that the image names; the server has it in no other target.

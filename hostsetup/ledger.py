@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 import psutil
 
 from hostsetup.namespaces import SANDBOX, host_root, netns, outer_uid
-from hostsetup.removers import CGROUPS, MARK, REMOVERS, Entry, processes, words
+from hostsetup.removers import CGROUPS, MARK, REMOVERS, SHARED, Entry, processes, words
 from images import shell
 from images.errors import IsolatencyError
 from images.store import cache_dir
@@ -235,7 +235,8 @@ def clean(everything: bool = False) -> tuple[list[str], list[str]]:
             for owner, ended in zip(living, end(living), strict=True):
                 (removed if ended else failed).append(f"{owner}" if ended else f"{owner} does not end")
             found = owners()
-        for owner in found:
+        # A sandbox goes first: with its engine's socket, which shows that containers of runs in it are gone.
+        for owner in sorted(found, key=lambda one: one.what != "sandbox"):
             if not owner.in_reach:
                 left.append(f"{owner}, which is not of this sandbox")
             elif owner.alive and everything and shell.dry_run():
@@ -287,16 +288,15 @@ def _remove(entry: Entry, owner: str, number: int) -> str | None:
     remover = REMOVERS.get(entry["kind"])
     if remover is None:
         raise IsolatencyError(f"{words(entry)} is of a kind that this version does not know; clean with a newer one")
-    if entry["kind"] == "sysctl" and _wanted_by_another(entry, owner, number):
+    if entry["kind"] in SHARED and _wanted_by_another(entry, owner, number):
         return None
     return remover(entry, owner)
 
 
 def _wanted_by_another(entry: Entry, owner: str, number: int) -> bool:
-    """Whether the same was set in the same namespace for something else: the last one to go restores it."""
-    same = {key: entry[key] for key in ("kind", "name", "netns")}
+    """Whether the same was set or made for something else: the last one to go restores it."""
     found = [(other.id, n, wanted) for other in owners() for n, wanted in other.entries.items()]
-    return any((other, n) != (owner, number) and same.items() <= wanted.items() for other, n, wanted in found)
+    return any((other, n) != (owner, number) and wanted == entry for other, n, wanted in found)
 
 
 def _from_before_the_start() -> list[str]:

@@ -161,10 +161,12 @@ def mounts_below(path: Path) -> list[str]:
     return sorted((point for point in points if point == str(path) or point.startswith(f"{path}/")), reverse=True)
 
 
-def _mount(entry: Entry, owner: str) -> str | None:
-    if entry["path"] not in mounts_below(Path(entry["path"])):
+def _mountpoint(entry: Entry, owner: str) -> str | None:
+    """A folder that others may use by now: whoever has something in it keeps it."""
+    try:
+        Path(entry["path"]).rmdir()
+    except OSError:
         return None
-    shell.run(["umount", "--lazy", entry["path"]])
     return words(entry)
 
 
@@ -180,8 +182,14 @@ def _container(entry: Entry, owner: str) -> str | None:
                 with contextlib.suppress(docker.errors.APIError):  # gone, or somebody else is removing it
                     container.remove(force=True, v=True)
             _until(lambda: "it is still listed" * bool(engine.containers.list(all=True, filters=wanted)), words(entry))
-    except (docker.errors.DockerException, requests.RequestException):
-        return f"{words(entry)} (no engine answers at {host}: it is gone with it)"
+    except (docker.errors.DockerException, requests.RequestException) as error:
+        socket = Path(host.removeprefix("unix://"))
+        if socket.parent.name.startswith("sandbox-") and not socket.exists():  # all of it ended with its sandbox
+            return words(entry)
+        raise IsolatencyError(
+            f"the {words(entry)} could not be removed, since no Docker engine answers at {host}; start that engine, "
+            "and run `isolatency clean`"
+        ) from error
     return words(entry) if found else None
 
 
@@ -214,21 +222,15 @@ def _sysctl(entry: Entry, owner: str) -> str | None:
     return f"{words(entry)} (is {entry['value']} again)"
 
 
-def _netns(entry: Entry, owner: str) -> str | None:
-    if not (Path("/run/netns") / entry["name"]).exists():
-        return None
-    shell.run(["ip", "netns", "del", entry["name"]])
-    return words(entry)
-
-
 REMOVERS: dict[str, Remover] = {
     "process": _process,
     "cgroup": _cgroup,
     "dir": _dir,
-    "mount": _mount,
+    "mountpoint": _mountpoint,
     "container": _container,
     "tap": _tap,
     "rule": _rule,
     "sysctl": _sysctl,
-    "netns": _netns,
 }
+# What several owners may have in common, in the same words.
+SHARED = ("mountpoint", "sysctl")

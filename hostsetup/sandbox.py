@@ -21,13 +21,13 @@ import psutil
 
 from hostsetup import ledger as books
 from hostsetup import machine
+from hostsetup.engine import Engine, engine
 from hostsetup.ledger import Ledger
 from hostsetup.namespaces import SANDBOX as VARIABLE
-from hostsetup.namespaces import host_root
 from images import shell, store
 from images.errors import IsolatencyError, UsageError
 
-CONTAINERD = Path("/run/containerd")
+SOCKET = "docker.sock"
 COMMAND_STOP_S = 15.0
 _INTERRUPT = signal.SIGUSR1  # from `run` to process 1: a SIGINT that was sent to `run` alone
 _OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
@@ -48,36 +48,35 @@ def run(command: Sequence[str]) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INSIDE)
     try:
         with Ledger.open("sandbox", " ".join(shlex.join(command).split())[:60]) as ledger:
-            runtime = _folder(ledger, books.folder())  # sockets: their paths must stay below 108 bytes
-            data = _folder(ledger, store.cache_dir())
-            ledger.add("cgroup", name=_cgroup(ledger.id))
-            _, mark = ledger.mark("sandbox")
-            docker = {"DOCKER_HOST": f"unix://{runtime / 'docker.sock'}"}
-            environment = os.environ | {VARIABLE: ledger.id} | docker | mark
-            argv = [*_unshare(), sys.executable, "-P", "-m", "hostsetup.sandbox", ledger.id, runtime, data, *command]
-            process = shell.spawn(argv, env=environment, stdin=None, stdout=None, stderr=None, new_session=False)
-            code = _wait(process)
+            entry, runtime = _folder(ledger, books.folder())  # sockets: their paths must stay below 108 bytes
+            _, data = _folder(ledger, store.cache_dir())
+            with engine(ledger, runtime, data) as docker:
+                _, mark = ledger.mark("sandbox")
+                host = {"DOCKER_HOST": f"unix://{runtime / SOCKET}"}
+                environment = os.environ | {VARIABLE: ledger.id} | host | mark
+                inner: list[str | Path] = [sys.executable, "-P", "-m", "hostsetup.sandbox", runtime, data, str(docker)]
+                argv = [*_unshare(), *inner, *command]
+                process = shell.spawn(argv, env=environment, stdin=None, stdout=None, stderr=None, new_session=False)
+                code = _wait(process)
+            ledger.remove(entry)  # with the engine's socket, which shows that its containers are gone
             _remove_what_ended_in(ledger.id)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return code if code >= 0 else 128 - code
 
 
-def _folder(ledger: Ledger, parent: Path) -> Path:
+def _folder(ledger: Ledger, parent: Path) -> tuple[int, Path]:
+    """A folder of the sandbox's, and its entry."""
     path = parent / f"sandbox-{ledger.id}"
-    ledger.add("dir", path=str(path))
+    entry = ledger.add("dir", path=str(path))
     path.mkdir(parents=True)
-    return path
+    return entry, path
 
 
 def _unshare() -> list[str | Path]:
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     namespaces = ["--net", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
     return ["setpriv", "--pdeathsig", "KILL", "unshare", *user, *namespaces, "--"]
-
-
-def _cgroup(owner: str) -> str:
-    return f"isolatency-{owner}-engine"
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
@@ -115,10 +114,10 @@ def _remove_what_ended_in(sandbox: str) -> None:
 class _Inner:
     """Process 1 of the sandbox."""
 
-    def __init__(self, owner: str, runtime: Path, data: Path, command: Sequence[str]) -> None:
-        self._owner = owner
+    def __init__(self, runtime: Path, data: Path, docker: Engine, command: Sequence[str]) -> None:
         self._runtime = runtime
         self._data = data
+        self._docker = docker
         self._command = command
         self._engine = 0
         self._listener: socket.socket | None = None
@@ -141,13 +140,11 @@ class _Inner:
         return code if code >= 0 else 128 - code
 
     def _listen(self) -> None:
-        """The engine's socket. Without dockerd or without root it does not exist, so nobody reaches another engine."""
-        if machine.find("dockerd") and host_root():
-            # The machine's own containerd, if one runs, would be taken by dockerd and start containers outside of us.
-            CONTAINERD.mkdir(exist_ok=True)
-            shell.run(["mount", "-t", "tmpfs", "tmpfs", CONTAINERD])
+        """The engine's socket, where there is an engine."""
+        if self._docker.argv:
+            self._docker.hide()
             self._listener = socket.socket(socket.AF_UNIX)
-            self._listener.bind(str(self._runtime / "docker.sock"))
+            self._listener.bind(str(self._runtime / SOCKET))
             self._listener.listen(64)
 
     def _serve(self, command: int) -> int:
@@ -192,18 +189,12 @@ class _Inner:
             self._deadline_s = min(self._deadline_s, now_s + COMMAND_STOP_S)
 
     def _start_engine(self, listener: socket.socket) -> None:
-        arguments: list[str | Path] = [
-            "-H", "fd://", "--data-root", self._data / "docker", "--exec-root", self._runtime / "exec",
-            "--pidfile", self._runtime / "docker.pid", "--cgroup-parent", f"/{_cgroup(self._owner)}",
-            "--exec-opt", "native.cgroupdriver=cgroupfs", "--userland-proxy=false", "--log-level", "warn",
-        ]  # fmt: skip
         # The socket comes in as standard input and has to be descriptor 3; LISTEN_PID has to be the engine's own.
-        activate = 'exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; exec dockerd "$@"'
+        activate = 'exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
         environment = os.environ | {"PATH": machine.search_path()}
         with self._log().open("wb") as log:
-            process = shell.spawn(
-                ["/bin/sh", "-c", activate, "sh", *arguments], env=environment, stdin=listener.fileno(), stdout=log
-            )
+            argv = ["/bin/sh", "-c", activate, "sh", *self._docker.argv]
+            process = shell.spawn(argv, env=environment, stdin=listener.fileno(), stdout=log)
         self._engine = process.pid
         listener.close()
 
@@ -218,9 +209,9 @@ class _Inner:
 
 
 def _main() -> int:
-    owner, runtime, data, *command = sys.argv[1:]
+    runtime, data, docker, *command = sys.argv[1:]
     try:
-        return _Inner(owner, Path(runtime), Path(data), command).run()
+        return _Inner(Path(runtime), Path(data), Engine.of(docker), command).run()
     except IsolatencyError as error:
         print(f"isolatency: {error}", file=sys.stderr)
         return error.exit_code

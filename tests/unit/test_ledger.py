@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -360,3 +361,52 @@ def test_two_runs_at_once_are_refused() -> None:
         except IsolatencyError:
             assert time.monotonic() < end
             time.sleep(0.05)
+
+
+def test_a_container_stays_written_down_while_its_engine_does_not_answer(tmp_path: Path) -> None:
+    """Its engine may be started again, and with it the container; a sandbox's engine is not, once its folder is gone."""
+    for host in (tmp_path / "docker.sock", tmp_path / "sandbox-0123abcd/docker.sock"):
+        ledger = Ledger.open("test", "t")
+        ledger.add("container", name=f"isolatency-{ledger.id}-t", docker_host=f"unix://{host}")
+        ledger.abandon()
+    with pytest.raises(
+        IsolatencyError, match=f"1 could not be removed.* no Docker engine answers at unix://{tmp_path}"
+    ):
+        books.clean()
+    (left,) = books.owners()
+    (entry,) = left.entries.values()
+    assert entry["docker_host"] == f"unix://{tmp_path}/docker.sock"
+
+
+def test_a_sandbox_is_cleaned_before_what_ran_in_it(tmp_path: Path) -> None:
+    sandbox = Ledger(tmp_path / "ffffffff.jsonl", "sandbox", "s")
+    folder = tmp_path / f"sandbox-{sandbox.id}"
+    sandbox.add("dir", path=str(folder))
+    folder.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "docker.sock"))  # and nobody listens any longer
+    run = Ledger(tmp_path / "00000000.jsonl", "run", "r")
+    run.add("container", name="isolatency-00000000-t", docker_host=f"unix://{folder}/docker.sock")
+    for ledger in (sandbox, run):
+        ledger.abandon()
+    books.clean()
+    assert books.owners() == []
+
+
+def test_a_folder_in_common_goes_with_the_last_who_needs_it(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    first, second = Ledger.open("test", "1"), Ledger.open("test", "2")
+    for ledger in (first, second):
+        ledger.add("mountpoint", path=str(place))
+    first.__exit__(None, None, None)
+    assert place.exists()
+    second.__exit__(None, None, None)
+    assert not place.exists()
+
+
+def test_a_folder_in_common_that_others_use_by_now_is_theirs(tmp_path: Path) -> None:
+    with Ledger.open("test", "t") as ledger:
+        ledger.add("mountpoint", path=str(tmp_path / "place"))
+        (tmp_path / "place/theirs").mkdir(parents=True)
+    assert (tmp_path / "place/theirs").exists()

@@ -254,26 +254,65 @@ def test_a_file_of_the_users_folder_is_not_imported(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}\n"), done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="the engine needs root; run the tests as root")
-def test_the_machines_own_containerd_is_out_of_reach(tmp_path: Path) -> None:
-    """dockerd takes a containerd that it finds in /run, and that one would start containers outside of the sandbox."""
+def with_dockerd(script: str, place: str) -> str:
+    """What a script says in a mount namespace where that place is empty, so that nothing of the machine's is touched."""
     if shutil.which("dockerd", path=os.environ["PATH"] + ":/usr/sbin") is None:
         pytest.skip("no dockerd; isolatency setup installs it")
+    empty = f'mkdir -p {place} && mount -t tmpfs tmpfs {place} && exec "$@"'
+    inside = ["unshare", "--mount", "sh", "-c", empty, "sh"]
+    done = subprocess.run([*inside, sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the engine needs root; run the tests as root")
+def test_the_machines_own_containerd_is_out_of_reach() -> None:
+    """dockerd takes a containerd that it finds in /run, and that one would start containers outside of the sandbox."""
     script = f"""
 import os, socket, subprocess
-os.makedirs("/run/containerd", exist_ok=True)
 listener = socket.socket(socket.AF_UNIX)
 listener.bind("/run/containerd/isolatency-test.sock")
 subprocess.run([{ISOLATENCY!r}, "sandbox", "--", "ls", "-A", "/run/containerd"])
 """
-    inside = [
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        'mkdir -p /run/containerd && mount -t tmpfs tmpfs /run/containerd && exec "$@"',
-        "sh",
-    ]
-    done = subprocess.run([*inside, sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert with_dockerd(script, "/run/containerd") == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the engine needs root; run the tests as root")
+def test_the_machines_docker_settings_are_not_the_sandboxs_but_for_its_runtimes() -> None:
+    """A key that stands in daemon.json and is given as a flag too makes dockerd refuse to start."""
+    settings = {"data-root": "/nowhere", "exec-opts": ["native.cgroupdriver=systemd"], "mtu": 1234}
+    settings["runtimes"] = {"another": {"path": "/bin/true"}}
+    ask = "import docker; print(*docker.from_env().info()['Runtimes'])"
+    script = f"""
+import subprocess, sys
+open("/etc/docker/daemon.json", "w").write({json.dumps(settings)!r})
+subprocess.run([{ISOLATENCY!r}, "sandbox", "--", sys.executable, "-c", {ask!r}])
+"""
+    assert "another" in with_dockerd(script, "/etc/docker").split()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the engine needs root; run the tests as root")
+def test_an_engine_leaves_no_folder_on_the_machine_and_has_the_first_core(tmp_path: Path) -> None:
+    if shutil.which("dockerd", path=os.environ["PATH"] + ":/usr/sbin") is None:
+        pytest.skip("no dockerd; isolatency setup installs it")
+    look = """
+import docker, os, sys
+from pathlib import Path
+docker.from_env().ping()
+cores = {path.read_text().strip(): sorted(os.sched_getaffinity(int(path.parts[2]))) for path in Path("/proc").glob("[0-9]*/comm")}
+print(cores["dockerd"], cores["containerd"], *(Path(place).is_mount() for place in sys.argv[1:]))
+"""
+    places = [str(tmp_path / "new"), str(tmp_path / "old")]
+    script = f"""
+import sys
+from pathlib import Path
+from hostsetup import engine, sandbox
+engine.HIDDEN += tuple(map(Path, {places!r}))
+sys.exit(sandbox.run([sys.executable, "-c", {look!r}, *{places!r}]))
+"""
+    (tmp_path / "old").mkdir()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+    own = sorted(os.sched_getaffinity(0))[:1]
+    assert done.stdout == f"{own} {own} True True\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

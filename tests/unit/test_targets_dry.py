@@ -73,7 +73,7 @@ def test_the_container_by_its_settings(context: Context, capsys: pytest.CaptureF
     assert url == "http://CONTAINER:8080"
     assert f"isolatency:{'d' * 32}" in imported
     for words in (
-        "'cpuset_cpus': '5,6'", "'mem_limit': '300m'", "'memswap_limit': '300m'", "'read_only': True",
+        "'cpuset_cpus': '5,6'", "'mem_limit': '300m'", "'memswap_limit': '300m'", "'read_only': True", "'use_config_proxy': False",
         "'runtime': 'runsc'", f"'labels': {{'isolatency': '{context.ledger.id}'}}", "'command': ['--model', 'knn']",
     ):  # fmt: skip
         assert words in run
