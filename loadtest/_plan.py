@@ -34,7 +34,11 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is run. `seconds` is per cell (target × model × load); times in seconds, memory in MiB."""
+    """What is run. `seconds` is per cell (target × model × load); times in seconds, memory in MiB.
+
+    `primary`: the cells that verdicts are about, each MODEL:LOAD (none: knn:closed-1); `margin`: the difference that
+    matters at p50 and at p99.
+    """
 
     schema: int = 1
     seed: int = 1
@@ -53,6 +57,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     internet: bool = False
     allow_difference: bool = False
     only: str = ""
+    primary: tuple[str, ...] = ()
+    margin: str = "2%,5%"
     targets: tuple[dict[str, Option], ...] = ()
     jobs: tuple[Job, ...] = ()
 
@@ -237,6 +243,12 @@ def _validate_values(plan: Plan) -> None:
     for job in plan.jobs:
         if job.job not in ("knn", "dnn"):
             raise UsageError(f"unknown job {job.job!r}{_nearest(job.job, ('knn', 'dnn'))}")
+    for cell in plan.primary:
+        model, _, load = cell.partition(":")
+        if model not in plan.models or load not in plan.loads:
+            raise UsageError(f"the primary cell {cell!r} is not in the plan; wanted MODEL:LOAD of its models and loads")
+    if not re.fullmatch(r"[0-9.]+%(,[0-9.]+%)?", plan.margin):
+        raise UsageError(f"margin is {plan.margin!r}; wanted a share, or two for p50 and p99: 2%,5%")
     if plan.only not in ("", "batch", "load"):
         raise UsageError(f"only is {plan.only!r}; wanted batch or load")
     counts = {"rows": plan.rows, "threads": plan.threads}

@@ -21,19 +21,30 @@ from loadtest._tables import Grid, grids
 __all__ = ["summarise", "terminal", "write"]
 
 WIDTH = 100
-HOW_TO_READ = (
-    "A ratio is a target's figure over the baseline's, so that 1.10 is a tenth more time (or, for "
-    "req/s, a tenth more requests), and the brackets hold its 95 % interval; one that holds 1.00 leaves open whether "
-    "there is a difference. The intervals are about these started instances only, and two fresh starts of one program "
-    "differ too, which no interval here contains.",
-    "The process is reached over loopback, so what Docker's bridge and a guest's tap cost counts as isolation.",
+RATIOS = (
+    "A ratio is a target's figure over the baseline's, so that 1.10 is a tenth more time (or, for req/s, a tenth more "
+    "requests), and the brackets hold its 95 % interval; one that holds 1.00 leaves open whether there is a difference."
 )
+ONE_START = (
+    "The intervals are about these started instances only, and two fresh starts of one program differ too, which no "
+    "interval here contains."
+)
+MANY_STARTS = (
+    "Each target was started {} times, and the intervals are over starts: they contain what two fresh starts of one "
+    "program differ by."
+)
+LOOPBACK = "The process is reached over loopback, so what Docker's bridge and a guest's tap cost counts as isolation."
 
 
-def write(run: Path, baseline: str | None = None) -> Summary:
+def _how_to_read(summary: Summary) -> tuple[str, str]:
+    starts = MANY_STARTS.format(summary.restarts) if summary.restarts > 2 else ONE_START
+    return f"{RATIOS} {starts}", LOOPBACK
+
+
+def write(run: Path, baseline: str | None = None, margin: str | None = None) -> Summary:
     """Make summary.json and report.md of a run folder. Raises UsageError as `summarise` does, OSError where the folder
     cannot be written."""
-    summary = summarise(run, baseline)
+    summary = summarise(run, baseline, margin)
     _replace(run / "summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2))
     _replace(run / "report.md", _markdown(summary).encode())
     return summary
@@ -63,7 +74,7 @@ def terminal(summary: Summary, console: Console) -> None:
         for note in grid.notes:
             console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
     console.print("\nHow to read it", style="bold")
-    for line in HOW_TO_READ:
+    for line in _how_to_read(summary):
         console.print(escape(line), highlight=False)
 
 
@@ -87,7 +98,7 @@ def _markdown(summary: Summary) -> str:
         parts += [f"## {grid.title}", "\n".join(map(_line, [grid.columns, rule, *grid.rows]))]
         if grid.notes:
             parts.append("\n".join("- " + note.replace("*", "\\*") for note in grid.notes))
-    return "\n\n".join([*parts, "## How to read it", *HOW_TO_READ]) + "\n"
+    return "\n\n".join([*parts, "## How to read it", *_how_to_read(summary)]) + "\n"
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -102,7 +113,7 @@ def _head(summary: Summary) -> list[str]:
     lines += [f"ERROR: {error}" for error in summary.errors]
     lines.append(f"{shlex.join(summary.command) or 'isolatency'}, begun {summary.started or 'at an unknown time'}")
     lines.append(_machine(summary.machine) + _busy(summary))
-    return [*lines, *(f"NOTE: {text}" for text in summary.run_caveats)]
+    return [*lines, *(f"NOTE: {text}" for text in summary.run_caveats), *summary.answer]
 
 
 def _machine(machine: dict[str, Any]) -> str:

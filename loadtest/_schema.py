@@ -6,7 +6,7 @@ import msgspec
 
 from loadtest._folder import Target
 
-SCHEMA = 1
+SCHEMA = 2
 REFERENCE = {
     "source": "the 2023 report (mean of 100 runs for knn, of 10 for dnn; 8 vCPU, 16,384 MiB)",
     "knn": {"docker_s": 1.8965, "firecracker_s": 2.0842},
@@ -14,14 +14,42 @@ REFERENCE = {
 }
 
 
+class Span(msgspec.Struct, frozen=True):
+    """A figure with its 95 % interval, null where there is none."""
+
+    estimate: float
+    low: float | None = None
+    high: float | None = None
+
+
 class Ratio(msgspec.Struct, frozen=True):
-    """A target's figure over the baseline's with its 95 % interval; `reason` says why a part of it is null."""
+    """A target's figure over the baseline's with its 95 % interval; `reason` says why a part of it is null.
+
+    `of`: the interval is over "starts", `n` of them, or over the `n` quads of these "instances". `log_se` and `df`:
+    standard error and degrees of freedom of its logarithm. `verdict` stands for p50 and p99 of primary cells only:
+    slower, faster, no difference seen, or can't tell, by `p_holm` and `margin`; `starts_needed` is about how many
+    starts would tell (null: unknown, or above 1,000). `could_be` is how large a difference could still be.
+    """
 
     estimate: float | None
     low: float | None = None
     high: float | None = None
     verdict: str | None = None
     reason: str | None = None
+    of: str | None = None
+    n: int = 0
+    per_start: list[float] = []
+    log_se: float | None = None
+    df: float | None = None
+    added_us: Span | None = None
+    p_value: float | None = None
+    p_holm: float | None = None
+    margin: float | None = None
+    starts_needed: int | None = None
+    could_be: str | None = None
+
+    def replace(self, **changes: Any) -> "Ratio":
+        return msgspec.structs.replace(self, **changes)
 
 
 class Ratios(msgspec.Struct, frozen=True):
@@ -34,7 +62,10 @@ class Cell(msgspec.Struct, frozen=True):
     """One target × model × load; `seconds` is the time of its blocks, warm-up is in no figure but `warmup_requests`.
 
     A quantile is null where `samples_needed` says how many it would take, or where `infinite` says that it falls among
-    the failed requests, which count as +∞. `mean_us` and `max_us` are of the requests that were answered.
+    the failed requests, which count as +∞. `mean_us` and `max_us` are of the requests that were answered. The quantiles
+    are pooled; `typical_…` is the mean over starts of what a block of a start typically has, without its stalls.
+    `curve`: (quantile, µs), as far as there are samples; `drift`: (minutes since the run's first block, p50 in µs) of
+    blocks, several together where there are more than 100; null in both where failures reach it.
     """
 
     target: str
@@ -59,6 +90,10 @@ class Cell(msgspec.Struct, frozen=True):
     max_us: float | None
     host_cpu_us_per_request: float | None
     client_cpu_us_per_request: float | None
+    curve: list[tuple[float, float | None]]
+    drift: list[tuple[float, float | None]]
+    typical_p50_us: Span | None
+    typical_p99_us: Span | None
     ratio: Ratios | None
     caveats: list[str]
 
@@ -81,6 +116,7 @@ class Batch(msgspec.Struct, frozen=True):
     ratio: Ratio | None
     accuracy: float | None
     host_clock_difference: float
+    repeats_s: list[float]
     caveats: list[str]
 
 
@@ -96,6 +132,19 @@ class DirectJob(msgspec.Struct, frozen=True):
     ratio: Ratio
 
 
+class StartCost(msgspec.Struct, frozen=True):
+    """What starts of a target cost, over `n` of them: medians with intervals, and ratios paired by start."""
+
+    target: str
+    label: str
+    emulated: bool
+    n: int
+    ready_s: Span
+    first_prediction_ms: Span | None
+    ready_ratio: Ratio | None
+    first_prediction_ratio: Ratio | None
+
+
 class Direct(msgspec.Struct, frozen=True):
     """firecracker over docker, the 2023 report's question, where both ran unemulated."""
 
@@ -106,7 +155,8 @@ class Direct(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """summary.json. `caveats` has all sentences: those of the run, of the targets, of the cells and of batch jobs."""
+    """summary.json. `answer` is the result in words; `caveats` has all sentences: those of the run, of the targets, of
+    the cells and of batch jobs."""
 
     schema: int
     run: str
@@ -114,12 +164,17 @@ class Summary(msgspec.Struct, frozen=True):
     ended: str | None
     command: list[str]
     seed: int | None
+    restarts: int
+    primary: list[str]
+    margins: dict[str, float]
+    answer: list[str]
     partial: bool
     baseline: str | None
     allow_difference: bool
     targets: list[Target]
     cells: list[Cell]
     batch: list[Batch]
+    starts: list[StartCost]
     direct: Direct | None
     caveats: list[str]
     run_caveats: list[str]

@@ -12,6 +12,7 @@ from scipy import stats
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
+TRIM = 0.2  # of each end: rare stalls are cut away, and the typical figure is left
 MIN_PAIRS = 3  # with two, the t quantile is 12.7: an interval that tells nothing
 MIN_BLOCK = {0.5: 11, 0.99: 500}  # requests that a block must hold for a quantile of its own
 
@@ -20,6 +21,14 @@ class Interval(NamedTuple):
     estimate: float
     low: float
     high: float
+
+
+class Location(NamedTuple):
+    """Where a sample lies: its mean or trimmed mean, the standard error of that, and its degrees of freedom."""
+
+    mean: float
+    se: float
+    df: float
 
 
 @lru_cache
@@ -62,12 +71,94 @@ def mean_interval(values: Floats, level: float = LEVEL) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def geometric_ratio(differences: Floats, level: float = LEVEL) -> Interval:
-    """The ratio exp(mean) from log differences, shape (rounds,), rounds ≥ 2, with the t interval carried over.
+def trimmed(values: Floats, share: float = TRIM) -> float:
+    """The mean of `values`, shape (n,), n ≥ 1, without the floor(share · n) smallest and as many of the largest.
 
-    Each difference pairs two targets within one round, so that what drifts slowly cancels.
+    Values of ±inf take part by their rank; where one is left after trimming, the result is infinite or NaN.
     """
-    return Interval(*(math.exp(value) for value in mean_interval(differences, level)))
+    cut = int(share * len(values) + 1e-9)
+    kept = np.sort(values)[cut : len(values) - cut]
+    with np.errstate(invalid="ignore"):
+        return float(np.mean(kept))
+
+
+def location(values: Floats) -> Location:
+    """The mean of `values`, shape (n,), n ≥ 2, all finite, with Student's standard error."""
+    n = len(values)
+    return Location(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n), n - 1)
+
+
+def trimmed_location(values: Floats, share: float = TRIM) -> Location:
+    """The trimmed mean of `values`, shape (n,), n ≥ 2, which may hold ±inf as long as trimming cuts them away.
+
+    Tukey and McLaughlin (1963): the winsorised standard deviation over (1 - 2·share)·√n, with n - 2·cut - 1 degrees
+    of freedom.
+    """
+    n, cut = len(values), int(share * len(values) + 1e-9)
+    ordered = np.sort(values)
+    ordered[:cut], ordered[n - cut :] = ordered[cut], ordered[n - cut - 1]
+    se = float(np.std(ordered, ddof=1)) / ((1 - 2 * cut / n) * math.sqrt(n))
+    return Location(trimmed(values, share), se, n - 2 * cut - 1)
+
+
+def interval(at: Location, level: float = LEVEL) -> Interval:
+    half = float(stats.t.ppf((1 + level) / 2, at.df)) * at.se
+    return Interval(at.mean, at.mean - half, at.mean + half)
+
+
+def log_se(of: Interval, df: float) -> float:
+    """The standard error of a ratio's logarithm, from the ends of its interval, both above 0."""
+    return math.log(of.high / of.low) / (2 * float(stats.t.ppf((1 + LEVEL) / 2, df)))
+
+
+def p_value(at: Location) -> float:
+    """Two-sided, of the hypothesis that the location is 0."""
+    if at.se == 0:
+        return 0.0 if at.mean else 1.0
+    return float(2 * stats.t.sf(abs(at.mean) / at.se, at.df))
+
+
+def difference(ours: Location, theirs: Location) -> Location:
+    """ours - theirs of two independent samples: Welch (1947), with Satterthwaite's degrees of freedom."""
+    a, b = ours.se**2, theirs.se**2
+    df = (a + b) ** 2 / (a**2 / ours.df + b**2 / theirs.df) if a + b else ours.df + theirs.df
+    return Location(ours.mean - theirs.mean, math.sqrt(a + b), df)
+
+
+def median_interval(values: Floats, level: float = LEVEL) -> Interval | None:
+    """The median of `values`, shape (n,), with an interval between order statistics (Conover, 1999, section 3.2).
+
+    None where there are too few for one: fewer than 6 at 95 %.
+    """
+    n = len(values)
+    cut = int(stats.binom.ppf((1 - level) / 2, n, 0.5))
+    if stats.binom.cdf(cut, n, 0.5) > (1 - level) / 2:
+        cut -= 1
+    if n == 0 or cut < 0:
+        return None
+    ordered = np.sort(values)
+    return Interval(float(np.median(values)), float(ordered[cut]), float(ordered[n - 1 - cut]))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of a family of tests, in their order. Holm (1979), "A simple sequentially rejective…"."""
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = worst
+    return adjusted
+
+
+def units_needed(sd: float, wanted: float, tests: int = 1, most: int = 1000) -> int | None:
+    """How many units of standard deviation `sd` make the t interval's half-width less than `wanted`; None above `most`.
+
+    `tests`: as many share the error rate (Bonferroni, Holm's first step). The interval is taken at its expected
+    width, so about half of such runs decide.
+    """
+    level = 1 - (1 - LEVEL) / tests
+    ns = np.arange(MIN_PAIRS, most + 1)
+    inside = stats.t.ppf((1 + level) / 2, ns - 1) * sd / np.sqrt(ns) < wanted
+    return int(ns[np.argmax(inside)]) if inside.any() else None
 
 
 def ratio_of_means(ours: Floats, base: Floats, level: float = LEVEL) -> Interval | None:

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from loadtest._schema import Batch, Cell, Direct, Ratio, Ratios, Summary
+from loadtest._schema import Batch, Cell, Direct, Ratio, Ratios, Span, Summary
+from loadtest._verdict import in_words, percent
 
 NOTHING = "–"
 RATIOS = ("p50 ×", "p99 ×", "req/s ×")
@@ -24,17 +25,21 @@ def grids(summary: Summary) -> list[Grid]:
     """All tables in their order; emulated targets come last, in tables of their own, and are in no ratio."""
     native = [cell for cell in summary.cells if not cell.emulated]
     jobs = [row for row in summary.batch if not row.emulated]
-    found = [_targets(summary)]
+    found = [_verdicts(summary)] if any(cell.ratio for cell in native) else []
+    found.append(_targets(summary))
     if native or jobs:
         found.append(_overview(summary, native, jobs))
     found += [_serving("Serving", native)] if native else []
     found += [_jobs("Batch jobs", jobs)] if jobs else []
     if any(cell.ratio for cell in native):
         found.append(_ratios(f"Serving, over {summary.baseline}, with 95 % intervals", native))
+        found.append(_could_be(f"How large a difference to {summary.baseline} could still be, at 95 %", native))
     if any(row.ratio for row in jobs):
         found.append(_job_ratios(f"Batch jobs, over {summary.baseline}, with 95 % intervals", jobs))
     if summary.direct and summary.direct.cells:
         found.append(_direct(summary.direct))
+    if summary.starts:
+        found.append(_starts(summary))
     if summary.batch:
         found.append(_reference(summary, jobs))
     emulated = "emulated: no figure here says anything about the real thing"
@@ -45,6 +50,81 @@ def grids(summary: Summary) -> list[Grid]:
     if summary.allow_difference:
         found = [grid._replace(title=f"{grid.title} (UNEQUAL TARGETS: --allow-difference)") for grid in found]
     return found
+
+
+def _verdicts(summary: Summary) -> Grid:
+    """p50 and p99 of the primary cells, over the baseline, and firecracker over docker."""
+    labels = {target.name: target.label for target in summary.targets}
+    given = [
+        (cell.model, cell.load, cell.label, str(summary.baseline), cell.ratio) for cell in summary.cells if cell.ratio
+    ]
+    if summary.direct and summary.direct.over != summary.baseline:
+        ours, over = labels[summary.direct.target], labels[summary.direct.over]
+        given += [(cell.model, cell.load, ours, over, cell.ratio) for cell in summary.direct.cells]
+    rows: list[tuple[str, ...]] = []
+    for model, load, ours, over, ratios in given:
+        if f"{model}:{load}" in summary.primary:
+            for name in ("p50", "p99"):
+                ratio: Ratio = getattr(ratios, name)
+                where = f"{model}, {load}, {name}"
+                verdict = in_words(ratio) + ", of these instances" * (ratio.of == "instances" and not ratio.reason)
+                rows.append((where, f"{ours} over {over}", verdict, _difference(ratio), _added(ratio)))
+    rows.sort(key=lambda row: row[0])
+    margins = ", ".join(f"{100 * share:g} % at {name}" for name, share in summary.margins.items())
+    notes = [f"a difference counts from {margins} on; p-values are Holm-corrected within a target"]
+    if any(ratio.of == "instances" for *_, both in given for ratio in (both.p50, both.p99)):
+        notes.append("of these instances: fewer than 3 starts each, and two starts of one program differ too")
+    return Grid("Verdicts", ("where", "what", "verdict", "difference", "µs"), rows, notes, words=3)
+
+
+def _difference(ratio: Ratio) -> str:
+    if ratio.estimate is None:
+        return NOTHING
+    if ratio.low is None or ratio.high is None:
+        return f"{percent(ratio.estimate)} ({NOTHING})"
+    return f"{percent(ratio.estimate)} ({percent(ratio.low)[:-2]} to {percent(ratio.high)[:-2]})"
+
+
+def _added(ratio: Ratio) -> str:
+    span = ratio.added_us
+    if span is None or span.low is None or span.high is None:
+        return NOTHING
+    return f"{span.estimate:+,.1f} ({span.low:+,.1f} to {span.high:+,.1f})".replace("-", "−")
+
+
+def _could_be(title: str, cells: Sequence[Cell]) -> Grid:
+    rows = [
+        (
+            f"{cell.model}, {cell.load}",
+            cell.label,
+            *((ratio.could_be or NOTHING).removeprefix("no more than ") for ratio in _three(cell.ratio)),
+        )
+        for cell in cells
+        if cell.ratio
+    ]
+    return Grid(title, ("model, load", "target", "p50", "p99", "req/s"), rows, ["each: no more than"])
+
+
+def _starts(summary: Summary) -> Grid:
+    """What a cold start costs: medians over starts, with ratios to the baseline's of the same start."""
+    rows = [
+        (
+            row.label,
+            str(row.n),
+            *(NOTHING if span is None else _span(span) for span in (row.ready_s, row.first_prediction_ms)),
+            _ratio(row.ready_ratio),
+            _ratio(row.first_prediction_ratio),
+        )
+        for row in summary.starts
+    ]
+    columns = ("target", "starts", "ready s", "first\nprediction ms", "ready ×", "first\nprediction ×")
+    return Grid(f"Starts: median, and ratio to {summary.baseline}", columns, rows, words=1)
+
+
+def _span(span: Span) -> str:
+    if span.low is None or span.high is None:
+        return significant(span.estimate)
+    return f"{significant(span.estimate)} ({significant(span.low)}–{significant(span.high)})"
 
 
 def _targets(summary: Summary) -> Grid:

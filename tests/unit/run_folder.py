@@ -38,16 +38,21 @@ def make(
     jobs: Sequence[tuple[str, str, int, float, float, float]] = (),
     load: bool = True,
     only: str = "",
+    restarts: int = 1,
+    start_sd: float = 0.0,
+    seed: int = 1,
     **manifest: Any,
 ) -> Path:
-    """A run folder: each round has one block per target and its mirror; a target's latencies are `factors` times the
-    same draws. The first round is warm-up, ten times slower. `jobs`: (target, job, repeat, seconds, host, accuracy)."""
+    """A run folder: `rounds` quads per start, each with one block per target and its mirror; a target's latencies are
+    `factors` times the same draws, times its own factor in each start (log-normal of `start_sd`). The first quad is
+    warm-up, ten times slower. `jobs`: (target, job, repeat, seconds, host, accuracy)."""
     run.mkdir(parents=True, exist_ok=True)
     plan = _plan.Plan(
         models=tuple(models),
         loads=("closed-1",),
         allow_difference=manifest.pop("allow_difference", False),
         only=only,
+        seed=seed,
     )
     _plan.save(plan, run / "plan.toml")
     facts = {
@@ -57,7 +62,14 @@ def make(
     (run / "manifest.json").write_text(json.dumps(facts | manifest))
     (run / "targets.json").write_text(json.dumps(list(targets)))
     if load:
-        _load(run, targets, factors or {}, failures or {}, per_block, rounds, models)
+        chance = np.random.default_rng(seed)
+        files = ParquetWriter(run / "samples.parquet"), BlockWriter(run / "blocks.csv")
+        for restart in range(restarts):
+            drawn = {one["name"]: float(np.exp(start_sd * chance.standard_normal())) for one in targets}
+            of_start = {name: factor * (factors or {}).get(name, 1.0) for name, factor in drawn.items()}
+            _load(*files, restart, targets, of_start, failures or {}, per_block, rounds, models, chance)
+        for writer in files:
+            writer.close()
     if jobs:
         with (run / "batch.csv").open("w", newline="") as file:
             rows = csv.writer(file)
@@ -86,28 +98,27 @@ def make(
 
 
 def _load(
-    run: Path, targets: Sequence[dict[str, Any]], factors: Mapping[str, float], failures: Mapping[str, int], per_block: int,
-    rounds: int, models: Sequence[str],
+    samples: ParquetWriter, blocks: BlockWriter, restart: int, targets: Sequence[dict[str, Any]],
+    factors: Mapping[str, float], failures: Mapping[str, int], per_block: int, quads: int, models: Sequence[str],
+    chance: np.random.Generator,
 ) -> None:  # fmt: skip
-    samples, blocks = ParquetWriter(run / "samples.parquet"), BlockWriter(run / "blocks.csv")
-    chance = np.random.default_rng(1)
-    at, block = 1_000_000_000, 0
+    block = 0
+    at = 1_000_000_000 + restart * len(models) * quads * 2 * len(targets) * BLOCK_NS
     for model in models:
-        for round_ in range(rounds):
+        for quad in range(quads):
             draws = LATENCY_US * np.exp(0.2 * chance.standard_normal(per_block))
-            for one in [*targets, *reversed(targets)]:
-                warm = round_ == 0
-                us = draws * factors.get(one["name"], 1.0) * (10 if warm else 1)
+            for place, one in enumerate([*targets, *reversed(targets)]):
+                warm = quad == 0
+                us = draws * factors[one["name"]] * (10 if warm else 1)
                 raw = np.zeros((per_block, FIELDS), dtype=np.int64)
-                raw[:, _samples.SENT] = at + np.arange(per_block)
+                raw[:, _samples.SENT] = at + np.arange(per_block) * (BLOCK_NS * 9 // 10 // per_block)
                 raw[:, _samples.FIRST] = raw[:, _samples.ENDED] = raw[:, _samples.SENT] + (us * 1e3).astype(np.int64)
                 raw[:, _samples.STATUS] = 200
                 raw[:, _samples.OUTCOME] = OK
                 if not warm:
-                    raw[: failures.get(one["name"], 0), _samples.OUTCOME] = _samples.TIMEOUT
-                where = Where(one["name"], model, "closed-1", round=round_, block=block, warmup=warm)
+                    raw[per_block - failures.get(one["name"], 0) :, _samples.OUTCOME] = _samples.TIMEOUT
+                round_ = 2 * quad + (place >= len(targets))
+                where = Where(one["name"], model, "closed-1", restart=restart, round=round_, block=block, warmup=warm)
                 samples.add(table(raw, where))
                 blocks.add(where, at, at + BLOCK_NS, at + BLOCK_NS, per_block * 100, per_block * 20)
                 at, block = at + BLOCK_NS, block + 1
-    samples.close()
-    blocks.close()

@@ -80,11 +80,15 @@ def test_summary_json_has_the_fields_of_its_schema_and_no_value_that_json_has_no
     _report.write(everything(tmp_path))
     text = (tmp_path / "summary.json").read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert found["schema"] == 1 and found["baseline"] == "process"
+    assert found["schema"] == 2 and found["baseline"] == "process"
     assert found["report_reference"]["knn"]["docker_s"] == 1.8965
     cell = next(cell for cell in found["cells"] if cell["target"] == "firecracker")
-    assert set(cell["ratio"]["p50"]) == {"estimate", "low", "high", "verdict", "reason"}
-    assert all(ratio["verdict"] is None for ratio in cell["ratio"].values())
+    assert {"estimate", "low", "high", "verdict", "reason", "per_start", "could_be"} <= set(cell["ratio"]["p50"])
+    assert {name: ratio["verdict"] for name, ratio in cell["ratio"].items()} == (
+        {"p50": "slower", "p99": "slower", "throughput": None}
+        if cell["model"] == "knn"
+        else dict.fromkeys(cell["ratio"])
+    )
     shop = next(cell for cell in found["cells"] if cell["target"] == "shop")
     assert (shop["p99_us"], shop["infinite"]) == (None, ["p99", "p999"])
     qemu = [cell for cell in found["cells"] if cell["target"] == "qemu"]
@@ -143,7 +147,8 @@ def test_a_run_of_load_alone_is_whole_and_has_no_table_of_jobs(tmp_path: Path) -
     text = text_of(tmp_path)
     assert "PARTIAL" not in text and "batch" not in text.partition("## Targets")[0]
     assert titles(text) == [
-        "Targets", "Serving and batch side by side", "Serving", "Serving, over a, with 95 % intervals", "How to read it",
+        "Verdicts", "Targets", "Serving and batch side by side", "Serving", "Serving, over a, with 95 % intervals",
+        "How large a difference to a could still be, at 95 %", "How to read it",
     ]  # fmt: skip
     assert "2023" not in text
 

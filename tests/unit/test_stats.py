@@ -40,27 +40,58 @@ def test_failed_requests_make_a_quantile_infinite_or_leave_it_alone() -> None:
 def test_the_t_interval_is_scipys() -> None:
     values = np.array([1.0, 2.0, 4.0, 8.0])
     wanted = stats.t.interval(0.95, 3, loc=values.mean(), scale=stats.sem(values))
-    assert _stats.mean_interval(values) == pytest.approx((values.mean(), *wanted))
+    assert _stats.interval(_stats.location(values)) == pytest.approx((values.mean(), *wanted))
 
 
-def test_a_geometric_ratio_is_symmetric() -> None:
-    differences = np.log([1.1, 1.2, 1.15, 1.05])
-    forth, back = _stats.geometric_ratio(differences), _stats.geometric_ratio(-differences)
-    assert forth.estimate == pytest.approx((1.1 * 1.2 * 1.15 * 1.05) ** 0.25)
-    assert (back.estimate, back.low, back.high) == pytest.approx((1 / forth.estimate, 1 / forth.high, 1 / forth.low))
-
-
-def test_the_paired_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
-    """What drifts alike in both targets of a round does not widen the interval, nor does it make it miss."""
+def test_the_interval_over_starts_holds_the_truth_as_often_as_it_says() -> None:
     chance = np.random.default_rng(3)
-    held, widths = 0, []
+    found = [_stats.interval(_stats.location(chance.normal(0.1, 0.02, 8))) for _ in range(2000)]
+    assert 0.935 < np.mean([one.low <= 0.1 <= one.high for one in found]) < 0.965
+
+
+def test_the_trimmed_mean_is_scipys_and_its_interval_holds_the_truth_in_spite_of_stalls() -> None:
+    chance = np.random.default_rng(4)
+    held, plain = 0, 0
     for _ in range(2000):
-        drift = np.cumsum(chance.normal(0, 0.3, 8))
-        ours, base = drift + math.log(1.1) + chance.normal(0, 0.02, 8), drift + chance.normal(0, 0.02, 8)
-        found = _stats.geometric_ratio(ours - base)
-        held += found.low <= 1.1 <= found.high
-        widths.append(found.high - found.low)
-    assert 0.935 < held / 2000 < 0.965 and np.median(widths) < 0.07
+        values = chance.normal(0.1, 0.02, 20)
+        values[chance.random(20) < 0.04] = 3.0  # a stall of the machine: no property of the target
+        assert _stats.trimmed(values) == pytest.approx(stats.trim_mean(values, 0.2))
+        found = _stats.interval(_stats.trimmed_location(values))
+        held += found.low <= 0.1 <= found.high
+        plain += abs(float(np.mean(values)) - 0.1) < 0.01
+    assert 0.93 < held / 2000 < 0.975 and plain < 1500
+
+
+def test_a_trimmed_mean_cuts_failures_away_by_their_rank_and_no_more_of_them_than_its_share() -> None:
+    values = np.array([1.0, 2.0, 3.0, 4.0, math.inf])
+    assert _stats.trimmed(values) == 3.0 and math.isfinite(_stats.trimmed_location(values).se)
+    assert _stats.trimmed(np.array([1.0, 2.0, 3.0, math.inf, math.inf])) == math.inf
+    assert _stats.trimmed(np.array([1.0, math.inf])) == math.inf
+
+
+def test_p_values_are_scipys() -> None:
+    values = np.random.default_rng(5).normal(0.3, 1, 12)
+    assert _stats.p_value(_stats.location(values)) == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    ours, theirs = values, np.random.default_rng(6).normal(0, 3, 7)
+    welch = stats.ttest_ind(ours, theirs, equal_var=False)
+    at = _stats.difference(_stats.location(ours), _stats.location(theirs))
+    assert _stats.p_value(at) == pytest.approx(welch.pvalue)
+    assert tuple(_stats.interval(at))[1:] == pytest.approx(tuple(welch.confidence_interval(0.95)))
+    assert _stats.p_value(_stats.Location(0.0, 0.0, 4)) == 1.0 and _stats.p_value(_stats.Location(0.1, 0.0, 4)) == 0.0
+
+
+def test_holms_adjusted_values_are_those_of_the_books_example() -> None:
+    assert _stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert _stats.holm([0.9, 0.8]) == [1.0, 1.0] and _stats.holm([]) == []
+
+
+def test_as_many_units_as_are_needed_and_no_more() -> None:
+    n = _stats.units_needed(0.013, 0.01)
+    assert n is not None and n > 3
+    for count, inside in ((n, True), (n - 1, False)):
+        assert (stats.t.ppf(0.975, count - 1) * 0.013 / math.sqrt(count) < 0.01) == inside
+    assert (_stats.units_needed(0.013, 0.01, tests=4) or 0) > n
+    assert _stats.units_needed(0.0, 0.01) == 3 and _stats.units_needed(1.0, 0.001) is None
 
 
 def test_fiellers_interval_holds_the_true_ratio_of_means_as_often_as_it_says() -> None:

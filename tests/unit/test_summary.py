@@ -27,7 +27,7 @@ def test_a_target_that_is_a_tenth_slower_has_the_ratio_1_10(tmp_path: Path) -> N
         assert ratio.estimate == pytest.approx(1.1, rel=1e-4)
         assert ratio.estimate is not None and ratio.low is not None and ratio.high is not None
         assert ratio.low <= ratio.estimate <= ratio.high
-        assert ratio.verdict is None
+        assert ratio.verdict == "slower" and ratio.of == "instances"
     assert a.p50_us is not None and a.p50_us == pytest.approx(LATENCY_US, rel=0.02)
     assert b.p50_us == pytest.approx(1.1 * a.p50_us, rel=1e-4)
 
@@ -115,7 +115,7 @@ def test_too_few_rounds_give_no_interval(tmp_path: Path) -> None:
     ratio = summarise(tmp_path).cells[1].ratio
     assert ratio is not None and ratio.p50 is not None
     assert ratio.p50.estimate == pytest.approx(1.5, rel=1e-4) and ratio.p50.low is None
-    assert ratio.p50.reason == "fewer than 3 rounds"
+    assert ratio.p50.reason == "fewer than 3 quads"
 
 
 JOBS = [
@@ -331,7 +331,7 @@ def test_a_run_that_ended_in_its_warm_up_has_no_figure(tmp_path: Path) -> None:
         (0, 2000, None, None)
     ] * 2
     ratio = found.cells[1].ratio
-    assert ratio is not None and ratio.p50.estimate is None and ratio.p50.reason == "no round that both went through"
+    assert ratio is not None and ratio.p50.estimate is None and ratio.p50.reason == "no quad that both went through"
 
 
 def test_an_unknown_cpu_time_gives_no_figure(tmp_path: Path) -> None:

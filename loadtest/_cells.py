@@ -1,0 +1,116 @@
+"""The cells of a summary: what one target did with one model under one load."""
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from loadtest import _starts, _stats, _verdict
+from loadtest._folder import Folder, Key, Requests, Target
+from loadtest._schema import Cell, Ratios
+from loadtest._verdict import Margins
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
+CURVE = (0.01, 0.05, *(n / 10 for n in range(1, 10)), 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999)
+STALLS = 1.25  # a pooled p99 so many times the typical one is made by stalls
+STALLED = 1.5  # so many times the typical p99 makes a block a stalled one
+
+Logs = dict[Key, pd.DataFrame]
+
+
+def logs(folder: Folder) -> Logs:
+    return {key: _starts.block_logs(found, blocks(folder, key)) for key, found in folder.requests.items()}
+
+
+def cells(folder: Folder, base: str | None, logs: Logs, primary: list[tuple[str, str]], margin: Margins) -> list[Cell]:
+    """In the plan's order, with ratios over `base` and the verdicts of each target."""
+    keys = [(model, load) for model in folder.plan.models for load in folder.plan.loads]
+    began_ns = int(folder.blocks["start_ns"].min()) if len(folder.blocks) else 0
+    ratios: dict[Key, Ratios] = {}
+    for target in folder.targets:
+        if base is not None and target.name != base and not target.emulated:
+            ratios |= judged(target.name, base, keys, logs, primary, margin)
+    return [
+        _cell(target, key, folder.requests[key], blocks(folder, key), logs[key], ratios.get(key), began_ns)
+        for model, load in keys
+        for target in folder.targets
+        if (key := (target.name, model, load)) in folder.requests
+    ]
+
+
+def judged(
+    ours: str, base: str, keys: list[tuple[str, str]], logs: Logs, primary: list[tuple[str, str]], margin: Margins
+) -> dict[Key, Ratios]:
+    """The ratios of one target over another in every cell that it has, with verdicts where the cell is primary."""
+    found = {
+        (ours, *key): (_starts.ratios(logs[ours, *key], logs.get((base, *key))), key in primary)
+        for key in keys
+        if (ours, *key) in logs
+    }
+    return dict(zip(found, _verdict.judge(list(found.values()), margin), strict=True))
+
+
+def _cell(
+    target: Target, key: Key, found: Requests, blocks: pd.DataFrame, logs: pd.DataFrame, ratio: Ratios | None,
+    began_ns: int,
+) -> Cell:  # fmt: skip
+    us = found.rows["us"].to_numpy()
+    good = us[np.isfinite(us)]
+    seconds = float((blocks["end_ns"] - blocks["start_ns"]).sum()) / 1e9
+    failures = sum(found.failed.values())
+    caveats = []
+    if failures:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in found.failed.items())
+        caveats.append(
+            f"{target.label}, {key[1]}, {key[2]}: {failures} of {len(us)} requests failed ({kinds}); they count as +∞"
+        )
+    values, needed, infinite = _quantiles(us)
+    typical = {name: _starts.typical(logs, name) for name in ("p50", "p99")}
+    if typical["p99"] and (pooled := values["p99_us"]) and pooled > STALLS * typical["p99"].estimate:
+        times, share = pooled / typical["p99"].estimate, _starts.stalled(logs, typical["p99"].estimate, STALLED)
+        caveats.append(
+            f"{target.label}, {key[1]}, {key[2]}: there are stalls: p99 of all requests is {times:.1f} times that of a "
+            f"typical block; in {share:.0%} of the time a block's own is more than {STALLED:g} times it"
+        )
+    return Cell(
+        target=target.name, label=target.label, emulated=target.emulated, model=key[1], load=key[2],
+        requests=len(us), failures=failures, failures_by_kind=found.failed, warmup_requests=found.warmup,
+        seconds=round(seconds, 3), blocks=len(blocks),
+        throughput_rps=float(found.rows["in_time"].sum()) / seconds if seconds else None,
+        mean_us=float(good.mean()) if len(good) else None, **values, samples_needed=needed, infinite=infinite,
+        max_us=float(good.max()) if len(good) else None,
+        host_cpu_us_per_request=_per_request(blocks["host_cpu_us"], len(us)),
+        client_cpu_us_per_request=_per_request(blocks["client_cpu_us"], len(us)),
+        curve=_curve(us), drift=_starts.drift(logs, began_ns),
+        typical_p50_us=typical["p50"], typical_p99_us=typical["p99"],
+        ratio=ratio, caveats=caveats,
+    )  # fmt: skip
+
+
+def _quantiles(us: _stats.Floats) -> tuple[dict[str, float | None], dict[str, int], list[str]]:
+    """The quantiles for which there are samples; how many the others need; which of them fall among failures."""
+    values: dict[str, float | None] = {f"{name}_us": None for name in QUANTILES}
+    needed = {name: n for name, q in QUANTILES.items() if len(us) < (n := _stats.samples_needed(q))}
+    given = [name for name in QUANTILES if name not in needed]
+    found = dict(zip(given, _stats.quantiles(us, [QUANTILES[name] for name in given]) if given else [], strict=True))
+    values |= {f"{name}_us": value for name, value in found.items() if math.isfinite(value)}
+    return values, needed, [name for name, value in found.items() if not math.isfinite(value)]
+
+
+def _curve(us: _stats.Floats) -> list[tuple[float, float | None]]:
+    qs = [q for q in CURVE if len(us) >= _stats.samples_needed(max(q, 0.5))]
+    found = _stats.quantiles(us, qs) if qs else []
+    return [(q, round(value, 2) if math.isfinite(value) else None) for q, value in zip(qs, found, strict=True)]
+
+
+def _per_request(cpu_us: "pd.Series[float]", requests: int) -> float | None:
+    """CPU time is read from the block's start to the end of its drain: over all requests, late ones included."""
+    return float(cpu_us.sum()) / requests if requests and len(cpu_us) and cpu_us.notna().all() else None
+
+
+def blocks(folder: Folder, key: Key) -> pd.DataFrame:
+    """The blocks of a cell, those of its warm-up left out."""
+    target, model, load = key
+    blocks = folder.blocks
+    chosen = (blocks["target"] == target) & (blocks["model"] == model) & (blocks["load"] == load) & ~blocks["warmup"]
+    return blocks[chosen]

@@ -1,0 +1,187 @@
+"""Starts and verdicts, against folders and draws whose truth is known."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from images.errors import UsageError
+from loadtest import _stats, _verdict
+from loadtest._schema import Ratio, Ratios
+from loadtest._summary import summarise
+from loadtest._verdict import Margins, judge
+from tests.unit.run_folder import make, target
+
+
+def ratio(estimate: float, half: float, n: int = 10) -> Ratio:
+    """A ratio with an interval of ± `half`, a share, over `n` starts."""
+    se = math.log1p(half) / float(_stats.stats.t.ppf(0.975, n - 1))
+    ends = _stats.interval(_stats.Location(math.log(estimate), se, n - 1))
+    return Ratio(*(math.exp(value) for value in ends), of="starts", n=n, log_se=se, df=n - 1)
+
+
+def verdicts(*cells: tuple[Ratio, Ratio]) -> list[str | None]:
+    found = judge([(Ratios(p50, p99, Ratio(1.0)), True) for p50, p99 in cells], Margins(0.02, 0.05))
+    return [one.verdict for ratios in found for one in (ratios.p50, ratios.p99)]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "half", "said"),
+    [
+        (1.10, 0.01, "slower"), (0.90, 0.01, "faster"), (1.00, 0.01, "no difference seen"), (1.00, 0.03, "can't tell"),
+        (1.015, 0.01, "can't tell"),  # certainly a difference, perhaps one that matters
+        (1.01, 0.005, "no difference seen"),  # a difference, none that matters
+        (1.04, 0.05, "can't tell"), (1.021, 0.03, "can't tell"),
+    ],
+)  # fmt: skip
+def test_a_verdict_needs_the_interval_and_the_margin(estimate: float, half: float, said: str) -> None:
+    assert verdicts((ratio(estimate, half), ratio(1.0, 0.001)))[0] == said
+
+
+def test_the_tests_of_a_target_share_the_error_rate() -> None:
+    """3 % with an interval that just leaves 1 out: enough alone, not as one of four."""
+    edge, open_ = ratio(1.03, 0.028), ratio(1.0, 0.2)
+    alone = judge([(Ratios(edge, Ratio(None, reason="none"), Ratio(1.0)), True)], Margins())[0].p50
+    assert alone.verdict == "slower" and alone.p_holm == alone.p_value
+    among = judge([(Ratios(edge, open_, Ratio(1.0)), True), (Ratios(open_, open_, Ratio(1.0)), True)], Margins())[0].p50
+    assert (
+        among.verdict == "can't tell" and among.p_value is not None and among.p_holm == pytest.approx(4 * among.p_value)
+    )
+
+
+def test_only_primary_cells_are_judged_and_all_say_how_large_a_difference_could_be() -> None:
+    found = judge([(Ratios(ratio(1.1, 0.01), ratio(1.0, 0.04), ratio(0.95, 0.01)), False)], Margins())[0]
+    assert found.p50.verdict is None and found.p99.verdict is None
+    assert found.p50.could_be == "no more than +11 %"
+    assert found.p99.could_be == "no more than 4.0 % either way"
+    assert found.throughput.could_be == "no more than −5.9 %"
+
+
+def test_as_many_starts_as_are_said_would_tell() -> None:
+    seen = judge([(Ratios(ratio(1.03, 0.04), ratio(1.0, 0.2), Ratio(1.0)), True)], Margins())[0].p50
+    assert seen.verdict == "can't tell" and seen.starts_needed is not None and seen.log_se is not None
+    sd = seen.log_se * math.sqrt(seen.n)
+    level = 1 - 0.05 / 2  # two tests
+    half = float(_stats.stats.t.ppf((1 + level) / 2, seen.starts_needed - 1)) * sd / math.sqrt(seen.starts_needed)
+    assert half < math.log(1.03) < half * 1.2
+    near = judge([(Ratios(ratio(1.0195, 0.04), ratio(1.0, 0.2), Ratio(1.0)), True)], Margins())[0].p50
+    assert near.starts_needed is None and "too near the margin" in _verdict.in_words(near)
+
+
+def test_no_figure_is_no_verdict_but_says_why() -> None:
+    none = Ratio(None, reason="a block holds fewer than 500 requests")
+    found = judge([(Ratios(ratio(1.0, 0.01), none, none), True)], Margins())[0].p99
+    assert (
+        found.verdict == "can't tell"
+        and _verdict.in_words(found) == "can't tell: a block holds fewer than 500 requests"
+    )
+
+
+def test_the_interval_is_over_starts_and_holds_what_they_differ_by(tmp_path: Path) -> None:
+    """One start of each is 3 % off; its own blocks say so to a hundredth of that. Ten starts say that it is nothing."""
+    make(tmp_path / "one", [target("a"), target("b")], factors={"b": 1.03})
+    one = summarise(tmp_path / "one").cells[1].ratio
+    assert one is not None and one.p50.of == "instances" and one.p50.low is not None and one.p50.low > 1.029
+    make(tmp_path / "ten", [target("a"), target("b")], restarts=10, start_sd=0.02, rounds=4, per_block=600)
+    summary = summarise(tmp_path / "ten")
+    ten = summary.cells[1].ratio
+    assert summary.restarts == 10 and ten is not None and (ten.p50.of, ten.p50.n) == ("starts", 10)
+    assert ten.p50.low is not None and ten.p50.high is not None and ten.p50.low < 1 < ten.p50.high
+    logs = np.log(ten.p50.per_start)
+    assert 0.015 < np.std(logs, ddof=1) < 0.05
+    assert tuple(np.log([ten.p50.low, ten.p50.high])) == pytest.approx(_stats.interval(_stats.location(logs))[1:])
+
+
+def test_what_is_added_in_microseconds_goes_with_the_ratio(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b")], factors={"b": 1.1}, restarts=4, rounds=3, per_block=600)
+    cells = summarise(tmp_path).cells
+    base, ratio_ = cells[0].typical_p50_us, cells[1].ratio
+    assert base is not None and ratio_ is not None and ratio_.p50.added_us is not None
+    assert ratio_.p50.added_us.estimate == pytest.approx(0.1 * base.estimate, rel=1e-3)
+    assert base.low is not None and base.high is not None and base.low < base.estimate < base.high
+
+
+def test_false_alarms_are_as_rare_as_said() -> None:
+    """A/A with starts that differ by 1 %: with five per cent for both quantiles of a target, whatever the blocks say."""
+    chance = np.random.default_rng(3)
+    called = 0
+    for _ in range(3000):
+        pair = []
+        for _ in range(2):
+            at = _stats.location(chance.normal(0, 0.014, 10))
+            ends = [math.exp(value) for value in _stats.interval(at)]
+            pair.append(Ratio(*ends, of="starts", n=10, log_se=at.se, df=at.df))
+        found = judge([(Ratios(pair[0], pair[1], Ratio(1.0)), True)], Margins(0.0001, 0.0001))[0]
+        called += any(one.verdict in ("slower", "faster") for one in (found.p50, found.p99))
+    assert 0.04 < called / 3000 < 0.06
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("2%", (0.02, 0.02)), ("1%,7.5%", (0.01, 0.075)), ("3", (0.03, 0.03))])
+def test_margins(text: str, wanted: tuple[float, float]) -> None:
+    assert _verdict.margins(text) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("text", ["", "much", "0%", "-2%", "1%,2%,3%", "100%", "nan%"])
+def test_margins_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="wanted a share"):
+        _verdict.margins(text)
+
+
+def test_another_margin_makes_another_verdict(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b")], factors={"b": 1.03}, restarts=4, rounds=3, per_block=600)
+    assert [summarise(tmp_path, margin=text).cells[1].ratio.p50.verdict for text in ("2%", "4%")] == [  # type: ignore[union-attr]
+        "slower", "no difference seen",
+    ]  # fmt: skip
+
+
+def test_the_answer_says_it_in_words(tmp_path: Path) -> None:
+    targets = [target("process"), target("fast", kind="docker"), target("firecracker", kind="firecracker", accel="kvm")]
+    make(tmp_path, targets, factors={"fast": 0.9, "firecracker": 1.385}, restarts=4, rounds=3, per_block=600)
+    docker, firecracker, direct = summarise(tmp_path).answer
+    assert docker.startswith(
+        "In a Docker container (fast), a KNN request at closed-1 takes 20 µs less than process at p50 (−10 %"
+    )
+    assert "longer than process at p50 (+39 %, 95 % interval +38 % to +39 %): slower;" in firecracker
+    assert firecracker.startswith("In a Firecracker microVM, ") and "instances" not in firecracker
+    assert "longer than fast at p50 (+54 %" in direct
+
+
+def test_an_answer_of_one_start_says_so_and_no_answer_says_why(tmp_path: Path) -> None:
+    make(tmp_path / "one", [target("a"), target("b")])
+    assert summarise(tmp_path / "one").answer[0].endswith("All of these instances only.")
+    make(tmp_path / "alone", [target("a"), target("q", kind="qemu", accel="tcg")])
+    assert summarise(tmp_path / "alone").answer == [
+        "Nothing was compared: fewer than two targets that are not emulated were measured."
+    ]
+
+
+def test_stalls_are_said_where_the_pooled_p99_is_not_the_typical_one(tmp_path: Path) -> None:
+    """In two of ten blocks an eighth of the requests is held up: the typical p99 is not, the pooled one is."""
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from loadtest._samples import SCHEMA
+
+    make(tmp_path, [target("a")], rounds=11, per_block=1000)
+    samples = pd.read_parquet(tmp_path / "samples.parquet")
+    samples.loc[samples["block"].isin([6, 15]) & (samples.index % 8 == 0), "received_ns"] += 50_000_000
+    pq.write_table(pa.Table.from_pandas(samples, preserve_index=False).cast(SCHEMA), tmp_path / "samples.parquet")
+    cell = summarise(tmp_path).cells[0]
+    assert cell.p99_us is not None and cell.p99_us > 50_000
+    assert cell.typical_p99_us is not None and cell.typical_p99_us.estimate < 500
+    assert len(cell.caveats) == 1 and "there are stalls" in cell.caveats[0] and "in 10% of the time" in cell.caveats[0]
+
+
+def test_what_starts_cost_is_a_median_with_an_interval_and_a_ratio(tmp_path: Path) -> None:
+    def starts(times: float) -> list[dict[str, float]]:
+        return [
+            {"restart": n, "ready_s": times * (1 + n / 10), "first_prediction_ms": times * (2 + n)} for n in range(8)
+        ]
+
+    make(tmp_path, [target("a", starts=starts(1.0)), target("b", starts=starts(3.0))])
+    a, b = summarise(tmp_path).starts
+    assert (a.n, a.ready_ratio) == (8, None) and b.ready_ratio is not None and b.first_prediction_ratio is not None
+    assert a.ready_s.estimate == pytest.approx(1.35) and (a.ready_s.low, a.ready_s.high) == pytest.approx((1.0, 1.7))
+    assert b.ready_ratio.estimate == pytest.approx(3.0) and b.first_prediction_ratio.estimate == pytest.approx(3.0)
