@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from hostsetup import network
-from hostsetup.cgroup import placed
 from hostsetup.ledger import folder
 from hostsetup.lifecycle import Lifecycle, bare_environment, in_words, private_folder, shell_code_in_words, tree_of
 from hostsetup.target import PORT
@@ -88,9 +87,7 @@ class Guest(Lifecycle):
 
     def _launch(self, argv: Sequence[str | Path], *, input_fd: int = subprocess.DEVNULL, **environment: str) -> None:
         """Start the VMM, marked and on its cores; its output is the console where it is not told another place."""
-        ledger, spec = self.context.ledger, self.spec
-        place = self._stack.enter_context(placed(ledger, spec.name, self.context.cores[-spec.cpus :], None))
-        self.caveats += place.caveats
+        place = self._placed(None)
         mark = self._mark()
         self.started = time.monotonic()
         with self._output() as console:

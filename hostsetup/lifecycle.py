@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from hostsetup.cgroup import Placed, placed
 from hostsetup.target import Context, Endpoint, Spec
 from images import shell
 from images.errors import IsolatencyError, MissingError, TargetError
@@ -46,6 +47,7 @@ class Lifecycle(ABC):
         self.context = context
         self.caveats: list[str] = []
         self._stack = ExitStack()
+        self._place: Placed | None = None
         self._running: list[int] = []  # what the ledger has of its processes and containers
         self.console = context.logs / f"{spec.name}.console"
         self.started = 0.0  # where `ready_s` and the bound begin; `_start` sets it anew after making images
@@ -72,6 +74,13 @@ class Lifecycle(ABC):
         number, mark = self.context.ledger.mark(self.spec.name)
         self._own(number)
         return mark
+
+    def _placed(self, mem_mib: int | None) -> Placed:
+        """Its cgroup on its cores, for as long as it is up."""
+        cores = self.context.cores[-self.spec.cpus :]
+        self._place = self._stack.enter_context(placed(self.context.ledger, self.spec.name, cores, mem_mib))
+        self.caveats += self._place.caveats
+        return self._place
 
     def _output(self) -> IO[bytes]:
         """Where the console goes."""
@@ -151,6 +160,8 @@ class Lifecycle(ABC):
     def check(self) -> None:
         if (ended := self._ended()) is not None:
             raise DeathError(f"{self.spec.name} {ended}; the end of its console is in the log", detail=self._tail())
+        if self._place is not None:
+            self._place.check(self.spec.name)
 
     def _await(self, url: str, end: float) -> None:
         """Until GET /v2/health/ready is answered 200. Raises TargetError after the bound, DeathError when it dies."""

@@ -6,7 +6,6 @@ import socket
 import subprocess
 from contextlib import suppress
 
-from hostsetup.cgroup import placed
 from hostsetup.ledger import folder
 from hostsetup.lifecycle import Lifecycle, bare_environment, private_folder, shell_code_in_words, tree_of
 from hostsetup.namespaces import host_root
@@ -51,8 +50,7 @@ class Process(Lifecycle):
         entry = ledger.add("dir", path=str(root))
         self._stack.callback(ledger.remove, entry)
         port = _free_port(int(spec.options.get("port", 0)))
-        place = self._stack.enter_context(placed(ledger, spec.name, self.context.cores[-spec.cpus :], spec.mem_mib))
-        self.caveats += place.caveats
+        place = self._placed(spec.mem_mib)
         if not host_root():
             self.caveats.append(f"{spec.name}: its server runs as the namespace's only user, not as user 1000")
         argv = place.argv(

@@ -3,8 +3,8 @@
 import os
 import secrets
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,7 +112,8 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
             return None, 0
         record = Record(_new_folder(out), plan, command, cores, client, images)
         record.caveats += [shared] * bool(shared)
-        return record.path, _run_phases(plan, todo, replace(context, logs=record.path / "logs"), record, show)
+        with on_cores(client):
+            return record.path, _run_phases(plan, todo, replace(context, logs=record.path / "logs"), record, show)
 
 
 def settle_kvm(specs: Sequence[Spec], ledger: Ledger) -> bool:
@@ -234,6 +235,23 @@ def _measure(
             _batch.run_jobs(plan, with_jobs, record.path / "batch.csv", show.step)
     show.step(f"taking down {', '.join(one.endpoint.label for one in live)}")
     return reference
+
+
+@contextmanager
+def on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """All threads of this process run on these cores, and what they start, unless it is placed elsewhere (targets)."""
+    before = os.sched_getaffinity(0)
+    _pin(cores)
+    try:
+        yield
+    finally:
+        _pin(before)
+
+
+def _pin(cores: Iterable[int]) -> None:
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has just ended
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 @contextmanager

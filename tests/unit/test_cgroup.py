@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from hostsetup import ledger as books
 from hostsetup.cgroup import placed
 from hostsetup.ledger import Ledger
 from hostsetup.removers import cgroup_folders
+from images.errors import TargetError
+from loadtest._run import on_cores
 
 needs_cgroups = pytest.mark.skipif(not cgroup.writable(), reason="cgroups cannot be written; run the tests as root")
 EAT = "import sys; block = bytearray(b'x') * (int(sys.argv[1]) * 2**20); print(len(block))"
@@ -47,6 +50,46 @@ def test_without_a_limit_only_the_cores_are_given(ledger: Ledger) -> None:
     with placed(ledger, "t", ONE, None) as place:
         assert output(place.argv([sys.executable, "-c", EAT, "256"])).returncode == 0
         assert not [folder for folder in place.folders if (folder / "memory.limit_in_bytes").exists()]
+
+
+@needs_cgroups
+def test_a_process_that_keeps_to_other_cores_starts_it_on_its_own(ledger: Ledger) -> None:
+    """As a run does, which leaves the targets' cores to them."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("this machine has one core")
+    ask = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    stop = threading.Event()
+    threading.Thread(target=stop.wait).start()
+    try:
+        with on_cores(cores[:1]), placed(ledger, "t", cores[1:], None) as place:
+            assert {frozenset(os.sched_getaffinity(int(p.name))) for p in Path("/proc/self/task").iterdir()} == {
+                frozenset(cores[:1])
+            }
+            assert output(ask).stdout == f"{cores[:1]}\n"
+            assert output(place.argv(ask)).stdout == f"{cores[1:]}\n"
+            assert output(["taskset", "-c", str(cores[1]), *ask]).stdout == f"{cores[1:2]}\n"
+    finally:
+        stop.set()
+    assert sorted(os.sched_getaffinity(0)) == cores
+
+
+@needs_cgroups
+def test_what_another_program_changes_is_noticed(ledger: Ledger) -> None:
+    with placed(ledger, "t", ONE, 64) as place:
+        place.check("t")
+        limit = next(file for file in place.wanted if "memory" in file.name)
+        limit.write_text(str(32 * 2**20))
+        with pytest.raises(TargetError, match=f"t wants {64 * 2**20} in {limit}, found {32 * 2**20}: another program"):
+            place.check("t")
+        limit.write_text(str(64 * 2**20))
+        place.check("t")
+    with pytest.raises(TargetError, match=r"found nothing \(No such file or directory\)"):
+        place.check("t")
+
+
+def test_cores_in_the_kernels_words() -> None:
+    assert [cgroup.ranges(cores) for cores in ((0,), (0, 1), (3, 1, 2, 5), (0, 2, 4))] == ["0", "0-1", "1-3,5", "0,2,4"]
 
 
 @needs_cgroups
