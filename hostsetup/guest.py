@@ -35,10 +35,7 @@ class Guest(Lifecycle):
         if self.context.internet:
             self._stack.enter_context(network.internet(ledger, self.slot))
         self.scratch = private_folder(self.spec.name, ledger.id, self._scratch_parent())
-        entry = ledger.add("dir", path=str(self.scratch))
-        self._stack.callback(ledger.remove, entry)
-        if not shell.dry_run():
-            self.scratch.mkdir()
+        self._stack.callback(ledger.remove, ledger.folder(self.scratch))
         self.rootfs = self._rootfs()
         self._boot()
         return f"http://{self.slot.guest_ip}:{PORT}"
@@ -56,12 +53,10 @@ class Guest(Lifecycle):
             return self.images.ext4
         # A file of gigabytes, though a sparse one, belongs on a disk and not into memory.
         place = private_folder(f"{self.spec.name}-root", self.context.ledger.id, self.images.root.parent.parent)
-        entry = self.context.ledger.add("dir", path=str(place))
-        self._stack.callback(self.context.ledger.remove, entry)
+        self._stack.callback(self.context.ledger.remove, self.context.ledger.folder(place))
         if shell.dry_run():
             shell.say(f"make a root file system of {size} MiB")
         else:
-            place.mkdir()
             make_ext4(self.images.tree, place / "root.ext4", int(size))
         return place / "root.ext4"
 

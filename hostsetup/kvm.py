@@ -50,8 +50,7 @@ def trial(images: Images, ledger: Ledger) -> bool:
     from hostsetup import qemu
 
     scratch = private_folder("kvm", ledger.id, folder())
-    entry = ledger.add("dir", path=str(scratch))
-    scratch.mkdir()
+    entry = ledger.folder(scratch)
     console = scratch / "console"
     words = ["console=ttyS0", "reboot=t", "panic=-1"]
     try:

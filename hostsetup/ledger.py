@@ -22,8 +22,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import psutil
-
 from hostsetup.namespaces import SANDBOX, host_root, netns, outer_uid
 from hostsetup.removers import CGROUPS, MARK, REMOVERS, SHARED, Entry, processes, words
 from images import shell
@@ -89,6 +87,7 @@ class Ledger:
         self.path = path
         self._file = _create(path)
         self._entries: dict[int, Entry] = {}
+        self._held: list[int] = []
         self._next = 0
         sandbox = os.environ.get(SANDBOX, "")
         self._write({"owner": {"what": what, "name": name, "pid": os.getpid(), "netns": netns(), "sandbox": sandbox}})
@@ -106,6 +105,15 @@ class Ledger:
         self._write({"add": self._next, **entry})
         self._entries[self._next] = entry
         return self._next
+
+    def folder(self, path: Path) -> int:
+        """Make a folder, written down. The lock on it shows that its owner lives, to a ledger that does not know it."""
+        number = self.add("dir", path=str(path))
+        if not shell.dry_run():
+            path.mkdir(parents=True)
+            self._held.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            fcntl.flock(self._held[-1], fcntl.LOCK_SH)
+        return number
 
     def mark(self, name: str) -> tuple[int, dict[str, str]]:
         """Write a process down by the mark that it will carry, and return the environment that marks it."""
@@ -171,7 +179,8 @@ class Ledger:
 
     def abandon(self) -> None:
         """Let go of the file as it is: what it still names is a dead owner's from now on, for `clean`."""
-        os.close(self._file)
+        for file in (*self._held, self._file):
+            os.close(file)
 
 
 def _create(path: Path) -> int:
@@ -245,7 +254,7 @@ def clean(everything: bool = False) -> tuple[list[str], list[str]]:
                 left.append(f"{owner}, which is alive")
             else:
                 _remove_dead(owner, removed, failed)
-        removed += _from_before_the_start()
+        removed += _forgotten(found)
     if failed:
         raise IsolatencyError(
             f"{len(failed)} could not be removed, the first: {failed[0]}; run `isolatency clean` again",
@@ -266,6 +275,7 @@ def _remove_dead(owner: Owner, removed: list[str], failed: list[str]) -> None:
     with contextlib.suppress(FileNotFoundError), owner.path.open("a", encoding="utf-8") as file:
         if not _lock(file.fileno(), READERS_S):
             return  # another one is at it
+        failed_before = len(failed)
         for number in sorted(owner.entries, reverse=True):
             entry = owner.entries[number]
             if shell.dry_run():
@@ -279,7 +289,7 @@ def _remove_dead(owner: Owner, removed: list[str], failed: list[str]) -> None:
             removed += [said] if said else []
             file.write(json.dumps({"drop": number}) + "\n")
             file.flush()
-        if not failed and not shell.dry_run():
+        if len(failed) == failed_before and not shell.dry_run():
             owner.path.unlink(missing_ok=True)
 
 
@@ -299,19 +309,35 @@ def _wanted_by_another(entry: Entry, owner: str, number: int) -> bool:
     return any((other, n) != (owner, number) and wanted == entry for other, n, wanted in found)
 
 
-def _from_before_the_start() -> list[str]:
-    """Our folders in the cache that are older than this start of the machine, whose ledger was in memory."""
+def _forgotten(known: Sequence[Owner]) -> list[str]:
+    """Our folders in the cache that nobody holds and no ledger names: the machine was started anew since."""
     removed = []
-    own = re.compile(r"(sandbox-[0-9a-f]{8}|isolatency-[0-9a-f]{8}-.*)")
+    own = re.compile(r"(?:sandbox|isolatency)-([0-9a-f]{8})(?:-.*)?")
     for path in cache_dir().glob("*-*"):
-        with contextlib.suppress(FileNotFoundError):
-            if own.fullmatch(path.name) and path.lstat().st_ctime < psutil.boot_time():
-                entry = {"kind": "dir", "path": str(path)}
-                if shell.dry_run():
-                    shell.say(f"remove {words(entry)}")
-                elif said := REMOVERS["dir"](entry, path.name.split("-")[1]):
-                    removed.append(said)
+        named = own.fullmatch(path.name)
+        if named is None or any(owner.id == named[1] for owner in known) or _held(path):
+            continue
+        entry = {"kind": "dir", "path": str(path)}
+        if shell.dry_run():
+            shell.say(f"remove {words(entry)}")
+        elif said := REMOVERS["dir"](entry, named[1]):
+            removed.append(said)
     return removed
+
+
+def _held(path: Path) -> bool:
+    """Whether an owner holds the folder; so it is too where that cannot be known."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def end(living: Sequence[Owner]) -> list[bool]:

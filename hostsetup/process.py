@@ -47,8 +47,7 @@ class Process(Lifecycle):
     def _start(self) -> str:
         ledger, spec = self.context.ledger, self.spec
         root = private_folder(spec.name, ledger.id, folder())
-        entry = ledger.add("dir", path=str(root))
-        self._stack.callback(ledger.remove, entry)
+        self._stack.callback(ledger.remove, ledger.folder(root))
         port = _free_port(int(spec.options.get("port", 0)))
         place = self._placed(spec.mem_mib)
         if not host_root():
@@ -57,8 +56,6 @@ class Process(Lifecycle):
             [*_unshare(), "/bin/sh", "-c", _ENTER, "sh", self.images.tree, root, *self._server(root, port)]
         )
         mark = self._mark()
-        if not shell.dry_run():
-            root.mkdir()
         with self._output() as console:
             self._process = shell.spawn(argv, env=bare_environment(mark), stdout=console)
         self._stack.callback(self._stop)

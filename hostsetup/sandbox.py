@@ -68,9 +68,7 @@ def run(command: Sequence[str]) -> int:
 def _folder(ledger: Ledger, parent: Path) -> tuple[int, Path]:
     """A folder of the sandbox's, and its entry."""
     path = parent / f"sandbox-{ledger.id}"
-    entry = ledger.add("dir", path=str(path))
-    path.mkdir(parents=True)
-    return entry, path
+    return ledger.folder(path), path
 
 
 def _unshare() -> list[str | Path]:

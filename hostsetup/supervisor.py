@@ -5,6 +5,7 @@ output once the target answers or has failed, and from then on writes to its log
 `down` find it. A target that fails or dies leaves that entry, with the reason and its logs, until `down` or `clean`.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -15,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from hostsetup import ledger as books
 from hostsetup.kinds import make
 from hostsetup.ledger import Ledger, Owner
+from hostsetup.lifecycle import in_words
 from hostsetup.target import Context, Spec
 from images import shell, store
 from images.errors import IsolatencyError, TargetError, UsageError
@@ -41,16 +43,34 @@ def start(
     process = shell.spawn(argv, env=environment, stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
-        said = process.stdout.readline()
+        answer, noise = _answer(process.stdout)
     except BaseException:  # Ctrl-C does not reach a session of its own
         process.terminate()
         raise
-    answer = json.loads(said or b'{"error": "ended without a word"}')
+    if answer is None:
+        last = (noise.strip().splitlines() or ["nothing"])[-1]
+        how = in_words(process.wait())
+        raise TargetError(f"{spec.name}: what starts and keeps it {how}; the last that it said: {last}", detail=noise)
     if "error" in answer:
         process.wait()
         failure = UsageError if answer.get("usage") else TargetError
-        raise failure(answer["error"], detail=answer.get("detail", ""))
-    return next(owner for owner in kept() if owner.id == answer["id"])
+        raise failure(answer["error"], detail="\n".join(filter(None, [noise.strip(), answer.get("detail", "")])))
+    owner = next((owner for owner in kept() if owner.id == answer["id"]), None)
+    if owner is None:
+        raise TargetError(f"{spec.name} answered and has ended since; `isolatency ps` says why")
+    return owner
+
+
+def _answer(output: IO[bytes]) -> tuple[dict[str, Any] | None, str]:
+    """The supervisor's line, and what was said before it by others (a warning of a library's); None where it ended."""
+    noise: list[str] = []
+    for line in output:
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict) and found.keys() & {"id", "error"}:
+                return found, "".join(noise)
+        noise.append(line.decode(errors="replace"))
+    return None, "".join(noise)
 
 
 def kept() -> list[Owner]:
@@ -106,8 +126,7 @@ def _hold(order: dict[str, Any]) -> None:
     ledger = _open(spec.name)
     try:
         logs = books.folder() / f"kept-{ledger.id}"
-        ledger.add("dir", path=str(logs))
-        logs.mkdir()
+        ledger.folder(logs)
         context = Context(
             ledger=ledger,
             images=None if spec.kind == "url" else store.current(),

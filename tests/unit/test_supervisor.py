@@ -100,6 +100,29 @@ def test_one_that_does_not_come_up_says_why_and_is_listed_as_ended(server: Runni
     assert ended(NAME) == []
 
 
+@pytest.fixture
+def at_python_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have every Python that is started from now on run this code first."""
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{root}")
+    return lambda code: (tmp_path / "sitecustomize.py").write_text(code) and None
+
+
+def test_what_others_say_is_no_answer(server: Running, at_python_start: Callable[[str], None]) -> None:
+    at_python_start("print('a warning', flush=True); print('[1]\\n{\"a\": 1}', flush=True)")
+    assert keep(server.url).notes["url"] == server.url
+    supervisor.stop([NAME])
+    with pytest.raises(TargetError, match="did not answer") as caught:
+        keep("http://127.0.0.1:9", bound_s=0.5)
+    assert caught.value.detail.startswith("a warning\n[1]\n")
+
+
+def test_a_death_without_an_answer_gives_the_last_words(at_python_start: Callable[[str], None]) -> None:
+    at_python_start("import os; print('why', flush=True); os._exit(3)")
+    with pytest.raises(TargetError, match="ended with exit code 3; the last that it said: why"):
+        keep("http://127.0.0.1:9")
+
+
 def test_a_supervisor_that_was_killed_is_said_and_removed(server: Running) -> None:
     owner = keep(server.url)
     os.kill(owner.pid, signal.SIGKILL)
