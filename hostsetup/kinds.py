@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from hostsetup.target import Context, Spec, Target
+from hostsetup.target import SERVER_OPTIONS, Context, Spec, Target
 from images.errors import UsageError
 
 _CHOICES = {
@@ -15,7 +15,9 @@ _CHOICES = {
     "io_engine": ("Sync", "Async"),
     "cache_type": ("Unsafe", "Writeback"),
 }
-_RANGES = {"port": (1, 65535), "rootfs_mib": (64, 2**20)}
+_RANGES: dict[str, tuple[float, float]] = {
+    "port": (1, 65535), "rootfs_mib": (64, 2**20), "spin_us": (0, 1e9), "spin_tail_us": (0, 1e9), "spin_tail_p": (0, 1),
+}  # fmt: skip
 _GUEST = {"kernel": str, "boot_args": str, "rootfs_mib": int}
 
 
@@ -31,14 +33,22 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "process": Kind({"port": int}),
-    "docker": Kind({"image": str, "runtime": str}),
+    "process": Kind({"port": int, **SERVER_OPTIONS}),
+    "docker": Kind({"image": str, "runtime": str, **SERVER_OPTIONS}),
     "firecracker": Kind(
-        {**_GUEST, "binary": str, "huge_pages": str, "io_engine": str, "cache_type": str, "console": bool},
+        {
+            **_GUEST,
+            "binary": str,
+            "huge_pages": str,
+            "io_engine": str,
+            "cache_type": str,
+            "console": bool,
+            **SERVER_OPTIONS,
+        },
         wants_kvm=True,
     ),
-    "qemu": Kind({**_GUEST, "accel": str}, wants_kvm=True),
-    "uml": Kind(dict(_GUEST)),
+    "qemu": Kind({**_GUEST, "accel": str, **SERVER_OPTIONS}, wants_kvm=True),
+    "uml": Kind({**_GUEST, **SERVER_OPTIONS}),
     "url": Kind({"url": str}),
 }
 
@@ -61,13 +71,13 @@ def check_options(spec: Spec) -> None:
     for key, value in spec.options.items():
         if key not in options:
             raise UsageError(f"the target {spec.name!r} has an unknown option {key!r}; {nearest(key, options)}")
-        if type(value) is not options[key]:
+        if type(value) is not options[key] and not (options[key] is float and type(value) is int):
             raise UsageError(f"the target {spec.name!r} wants {options[key].__name__} for {key}; found {value!r}")
         if key in _CHOICES and value not in _CHOICES[key]:
             raise UsageError(f"the target {spec.name!r} wants {' or '.join(_CHOICES[key])} for {key}; found {value!r}")
         low, high = _RANGES.get(key, (0, 0))
-        if key in _RANGES and not low <= int(value) <= high:
-            raise UsageError(f"the target {spec.name!r} wants {low} to {high} for {key}; found {value!r}")
+        if key in _RANGES and not low <= float(value) <= high:
+            raise UsageError(f"the target {spec.name!r} wants {low:.10g} to {high:.10g} for {key}; found {value!r}")
     if spec.kind == "uml" and spec.cpus > 1:
         raise UsageError(f"the target {spec.name!r} is of kind uml, which has one CPU; found cpus={spec.cpus}")
     if spec.kind == "firecracker" and spec.cpus > 32:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from hostsetup.cgroup import Placed, placed
-from hostsetup.target import Context, Endpoint, Spec
+from hostsetup.target import SERVER_OPTIONS, Context, Endpoint, Spec
 from images import shell
 from images.errors import IsolatencyError, MissingError, TargetError
 from images.store import Images
@@ -108,8 +108,11 @@ class Lifecycle(ABC):
         return self.context.images
 
     def server_args(self) -> list[str]:
-        """The server's arguments; hashing the tree takes minutes under emulation, so the built-in label is told."""
-        return [*self.context.server_args, *(["--tree-label", "/.tree-sha256"] if self.emulated else [])]
+        """The server's arguments, the target's own after those of all, which they replace. Hashing the tree takes
+        minutes under emulation, so the built-in label is told."""
+        mine = {key: value for key, value in self.spec.options.items() if key in SERVER_OPTIONS}
+        own = [f"--{key.replace('_', '-')}={value}" for key, value in mine.items()]
+        return [*self.context.server_args, *own, *(["--tree-label", "/.tree-sha256"] if self.emulated else [])]
 
     def __enter__(self) -> Endpoint:
         self.started = time.monotonic()

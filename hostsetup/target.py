@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 from hostsetup.ledger import Ledger
 from images.store import Images
 
-Option = str | int | bool
+Option = str | int | float | bool
 PORT = 8080
 
 
@@ -22,6 +22,10 @@ class Spec:
     cpus: int = 1
     mem_mib: int = 512
     options: Mapping[str, Option] = field(default_factory=dict)
+
+
+# What the server of one target may be told in place of what all are told: a difference that is known beforehand.
+SERVER_OPTIONS: dict[str, type] = {"spin_us": float, "spin_tail_us": float, "spin_tail_p": float}
 
 
 @dataclass(frozen=True)
@@ -93,4 +97,4 @@ class Target(Protocol):
         """The host's processes that make up this target, VMM and proxies included; empty for `url`."""
 
 
-__all__ = ["PORT", "Context", "Endpoint", "Option", "Self", "Spec", "Target", "label"]
+__all__ = ["PORT", "SERVER_OPTIONS", "Context", "Endpoint", "Option", "Self", "Spec", "Target", "label"]

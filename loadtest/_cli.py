@@ -143,6 +143,16 @@ def down(names: Sequence[str]) -> None:
     "--out", type=click.Path(path_type=Path), default="results", show_default=True, help="Parent of run folders."
 )
 @click.option("--allow-difference", is_flag=True, help="Measure unequal targets all the same; every table is marked.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="A model to serve and to load: knn, knn:data=digits, knn:data=mnist, dnn, null, spin, work; may be repeated.",
+)
+@click.option("--spin-us", type=float, help="The model spin: µs by the clock of a call; a target may have its own.")
+@click.option("--spin-tail-us", type=float, help="The model spin: µs of a long call.")
+@click.option("--spin-tail-p", type=float, help="The model spin: share of long calls.")
+@click.option("--work-us", type=float, help="The model work: as many iterations as take so long on the first target.")
 @click.option("--seed", type=int, help="Seed of every order and choice in the run.")
 @click.option("--seconds", type=float, help="Seconds of load per target, model and load.")
 @_dry_run

@@ -13,7 +13,7 @@ from hostsetup.ledger import Ledger
 from hostsetup.target import Context
 from images import shell, store
 from images.errors import IsolatencyError
-from loadtest import _plan, _run
+from loadtest import _models, _plan, _run
 from loadtest._plan import MODELS, Plan
 
 Say = Callable[[str], None]
@@ -24,7 +24,9 @@ def choose(plan: Plan, targets: Sequence[str], flags: Mapping[str, Any], say: Sa
 
     Raises IsolatencyError when no kind can run.
     """
-    given = {key: value for key, value in flags.items() if value}
+    given = {key: value for key, value in flags.items() if value is not None and value is not False and value != ()}
+    if "models" in given:
+        given["models"] = tuple(dict.fromkeys(_models.name(word) for word in given["models"]))
     if given.get("seconds") and plan.warmup_s >= given["seconds"]:
         given["warmup_s"] = given["seconds"] / 4
     if targets:
@@ -50,13 +52,13 @@ def _able(say: Say) -> Iterator[dict[str, Any]]:
 def up(targets: Sequence[str], models: Sequence[str], internet: bool, say: Say) -> Iterator[str]:
     """Start each target and yield its URL once it answers. Raises what the first that fails raises."""
     plan = Plan(
-        models=tuple(models) or MODELS,
+        models=tuple(dict.fromkeys(_models.name(word) for word in models)) or MODELS,
         targets=tuple(_plan.parse_target(text) for text in targets),
         allow_difference=True,
     )
     here = _run.machine()
     _plan.validate(plan, here)
-    args = [word for model in plan.models for word in ("--model", model)] + ["--jobs"]
+    args = [*plan.server_args(), "--jobs"]
     with Ledger.open("run", "up") as ledger:
         _run.settle_kvm(plan.specs(), ledger)
     for spec in plan.specs():

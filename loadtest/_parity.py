@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import requests
 
-from hostsetup.target import Endpoint, Spec
+from hostsetup.target import SERVER_OPTIONS, Endpoint, Spec
 from images.errors import TargetError
+from loadtest import _rows
 from loadtest._client import Outputs, infer, session
 
 INPUTS = 200
 PROBABILITY_TOLERANCE = 1e-4
 OWN_PARTS = ("image", "kernel", "binary")
-DATA = Path(__file__).resolve().parent.parent / "server" / "models" / "data"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def ask(endpoint: Endpoint, spec: Spec, models: Sequence[str], timeout_s: float)
     http = session()
     outputs: dict[str, Outputs] = {}
     for model in models:
-        rows = np.load(DATA / f"{model}.npz")["rows"][:INPUTS]
+        rows = _rows.load(model).rows[:INPUTS]
         try:
             outputs[model] = infer(http, endpoint, model, rows, timeout_s=timeout_s)
         except requests.Timeout as error:
@@ -60,6 +59,9 @@ def compare(reference: Facts, other: Facts) -> Comparison:
         found.caveats.append(f"{unknown.label}: an unknown server (no identity route); only its answers were compared")
     else:
         _compare_identity(reference, other, found)
+    mine = [f"{key}={value}" for key, value in other.spec.options.items() if key in SERVER_OPTIONS]
+    if mine:
+        found.caveats.append(f"{two.label}: its server was told {', '.join(mine)}; that difference is meant")
     for model in reference.outputs.keys() & other.outputs.keys():
         _compare_answers(model, reference, other, found)
     return found

@@ -15,9 +15,10 @@ import tomli_w
 from hostsetup.kinds import KINDS, check_options
 from hostsetup.target import Option, Spec
 from images.errors import UsageError
+from loadtest import _models
 
 PLANS = Path(__file__).resolve().parent.parent / "plans"
-MODELS = ("knn", "dnn", "null")
+MODELS = ("knn", "dnn", "null")  # where a plan names none
 EMULATED_TIMEOUT_S = 60.0
 _LOAD = re.compile(r"closed-([1-9][0-9]{0,3})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,30}")
@@ -38,6 +39,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `primary`: the cells that verdicts are about, each MODEL:LOAD (none: knn:closed-1); `margin`: the difference that
     matters at p50 and at p99.
+    `work_iterations` 0: as many as take `work_us` on the first target's cores, counted before the targets are up.
     """
 
     schema: int = 1
@@ -54,6 +56,11 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int = 1
     boot_timeout_s: float = 0.0
     request_timeout_s: float = 10.0
+    spin_us: float = 200.0
+    spin_tail_us: float = 400.0
+    spin_tail_p: float = 0.0
+    work_us: float = 200.0
+    work_iterations: int = 0
     internet: bool = False
     allow_difference: bool = False
     only: str = ""
@@ -64,6 +71,19 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def specs(self) -> list[Spec]:
         return [_spec(target) for target in self.targets]
+
+    def server_args(self) -> list[str]:
+        """What the servers of all targets are told about their models."""
+        told = [word for model in self.models for word in ("--model", model)] + ["--threads", str(self.threads)]
+        if "spin" in self.models:
+            told += [
+                f"--spin-us={self.spin_us}",
+                f"--spin-tail-us={self.spin_tail_us}",
+                f"--spin-tail-p={self.spin_tail_p}",
+            ]
+        if "work" in self.models:
+            told += [f"--work-us={self.work_us}", f"--work-iterations={self.work_iterations}"]
+        return told
 
     def for_engine(self, phase: str, emulated: bool) -> dict[str, Any]:
         """The plan as one Locust process reads it: one phase, its seconds and its time-out."""
@@ -183,6 +203,10 @@ def _convert(text: str, key: str, value: str, wanted: type) -> Option:
         if value.lower() in ("true", "false"):
             return value.lower() == "true"
         raise UsageError(f"the target {text!r} wants {key}=true or {key}=false, found {value!r}")
+    if wanted is float:
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+            return float(value)
+        raise UsageError(f"the target {text!r} wants a number for {key}, found {value!r}")
     if wanted is int:
         if re.fullmatch(r"[0-9]{1,9}", value):
             return int(value)
@@ -235,8 +259,17 @@ def _validate_values(plan: Plan) -> None:
     if plan.schema != 1:
         raise UsageError(f"the plan has schema {plan.schema}; this version reads schema 1")
     for model in plan.models:
-        if model not in MODELS:
-            raise UsageError(f"unknown model {model!r}{_nearest(model, MODELS)}")
+        if model not in _models.NAMES:
+            raise UsageError(f"unknown model {model!r}{_nearest(model, _models.NAMES)}")
+    if len(set(plan.models)) < len(plan.models):
+        raise UsageError(f"the plan names a model twice: {', '.join(plan.models)}")
+    for key in ("spin_us", "spin_tail_us", "work_us"):
+        if not 0 <= getattr(plan, key) <= 1e9:
+            raise UsageError(f"{key} is {getattr(plan, key):g}; wanted 0 to 1e9 µs")
+    if not 0 <= plan.spin_tail_p <= 1:
+        raise UsageError(f"spin_tail_p is {plan.spin_tail_p:g}; wanted 0 to 1")
+    if plan.work_us == 0 or plan.work_iterations < 0:
+        raise UsageError("work wants work_us above 0 and work_iterations of 0 or more")
     for load in plan.loads:
         if not _LOAD.fullmatch(load):
             raise UsageError(f"unknown load {load!r}; wanted closed-N, N connections")

@@ -16,9 +16,9 @@ import orjson
 from numpy.typing import NDArray
 
 from images.errors import UsageError
+from loadtest._models import LIKE_NULL, NAMES
 
 DATA = Path(__file__).resolve().parent.parent / "server" / "models" / "data"
-MODELS = ("knn", "dnn", "null")
 QUERIES = 256  # distinct requests: enough that no cache of the server's holds just one row
 MAX_PREPARED_BYTES = 64 * 1024 * 1024
 JSON_BYTES_PER_VALUE = 11  # "0.12345678," at most, about
@@ -35,9 +35,10 @@ class Rows:
 
 def load(model: str, data: Path = DATA) -> Rows:
     """Read the rows of `model` from the .npz file `data`, or from MODEL.npz in the folder `data`. Raises UsageError."""
-    path = data / f"{model}.npz" if data.is_dir() else data
+    own = data / f"{'null' if model in LIKE_NULL else model}.npz"
+    path = own if data.is_dir() else data
     if not path.is_file():
-        known = [name for name in MODELS if (data / f"{name}.npz").is_file()]
+        known = [name for name in NAMES if (data / f"{name}.npz").is_file()]
         raise UsageError(
             f"there are no query rows for the model {model!r}: {path} is missing; "
             f"known are {', '.join(known) or 'none'}, and --data takes rows of your own"
@@ -80,7 +81,7 @@ def prepare(rows: Rows, batch: int, seed: int) -> Queries:
     output = "label"
     if rows.labels is not None:
         expected = tuple(tuple(rows.labels[pick].tolist()) for pick in picks)
-    elif rows.model == "null":  # it answers 1 for each row
+    elif rows.model in LIKE_NULL:
         output, expected = "rows", ((1,) * batch,) * number
     return Queries(rows.model, width, tuple(_body(rows.rows[pick]) for pick in picks), output, expected)
 

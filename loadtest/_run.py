@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 from hostsetup import kvm
@@ -18,7 +19,7 @@ from hostsetup.ledger import Ledger, run_lock
 from hostsetup.target import Context, Spec
 from images import shell, store
 from images.errors import IsolatencyError, NotComparableError
-from loadtest import _batch, _parity, _report
+from loadtest import _batch, _calibrate, _parity, _report
 from loadtest._batch import Live
 from loadtest._drive import drive
 from loadtest._plan import Machine, Plan, save, validate
@@ -104,9 +105,13 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
             _check_memory(phase, here)
         total = sum(estimate_s(plan, phase) for phase in todo)
         show.step(f"{len(plan.targets)} targets, about {max(total / 60, 0.5):.1g} minutes")
-        args = [word for model in plan.models for word in ("--model", model)]
-        args += ["--threads", str(plan.threads), *([] if plan.only == "load" else ["--jobs"])]
-        context = Context(ledger, images, cores, tuple(args), out, plan.boot_timeout_s or None, plan.internet)
+        context = Context(ledger, images, cores, (), out, plan.boot_timeout_s or None, plan.internet)
+        if own and "work" in plan.models and not (plan.work_iterations or dry):
+            show.step(f"counting how many iterations of work take {plan.work_us:g} µs")
+            count = _calibrate.work_iterations(own[0], context, plan.work_us)
+            plan = msgspec.structs.replace(plan, work_iterations=count)
+        args = [*plan.server_args(), *([] if plan.only == "load" else ["--jobs"])]
+        context = replace(context, server_args=tuple(args))
         if dry:
             _dry_run(todo, context)
             return None, 0

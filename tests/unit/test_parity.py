@@ -82,3 +82,11 @@ def test_probabilities_may_differ_by_a_ten_thousandth() -> None:
 def test_a_missing_or_misshapen_output_is_a_difference() -> None:
     less = dict(OUTPUTS, dnn={"label": OUTPUTS["dnn"]["label"]})
     assert "probabilities" in compare(facts("a", SAME), facts("b", SAME, outputs=less)).differences[0]
+
+
+def test_what_a_target_was_told_for_itself_is_said_and_its_answers_are_still_compared() -> None:
+    other = facts("b", SAME, spin_us=210.0)
+    assert compare(facts("a", SAME), other).differences == []
+    assert "b: its server was told spin_us=210.0" in compare(facts("a", SAME), other).caveats[0]
+    wrong = facts("b", SAME, outputs=dict(OUTPUTS, knn={"label": np.array([0, 1, 0])}), spin_us=210.0)
+    assert len(compare(facts("a", SAME), wrong).differences) == 1

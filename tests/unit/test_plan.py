@@ -25,6 +25,10 @@ def plan(*targets: str, **values: object) -> Plan:
         ("docker:runtime=runsc", {"name": "docker", "kind": "docker", "runtime": "runsc"}),
         ("firecracker:console=false", {"name": "firecracker", "kind": "firecracker", "console": False}),
         ('firecracker:"boot_args=quiet,x"', {"name": "firecracker", "kind": "firecracker", "boot_args": "quiet,x"}),
+        (
+            "process:spin_us=210,spin_tail_p=0.03",
+            {"name": "process", "kind": "process", "spin_us": 210.0, "spin_tail_p": 0.03},
+        ),
         ("prod=url:http://127.0.0.1:8080", {"name": "prod", "kind": "url", "url": "http://127.0.0.1:8080"}),
         ("url:http://127.0.0.1/?a=b", {"name": "url", "kind": "url", "url": "http://127.0.0.1/?a=b"}),
     ],
@@ -41,6 +45,7 @@ def test_a_target_in_words(text: str, expected: dict[str, object]) -> None:
         ("docker:cpu=1", "nearest known one is 'cpus'"),
         ("docker:cpus", "wants option=value, found 'cpus'"),
         ("docker:cpus=two", "whole number for cpus, found 'two'"),
+        ("docker:spin_us=long", "wants a number for spin_us, found 'long'"),
         ("firecracker:console=maybe", "console=true or console=false"),
     ],
 )
@@ -112,6 +117,10 @@ def test_a_plan_written_is_read_back_the_same(tmp_path: Path) -> None:
         (plan("process", loads=("closed-0",)), "closed-N"),
         (plan("process", models=("knm",)), "nearest known one is 'knn'"),
         (plan("process", models=()), "no model"),
+        (plan("process", models=("knn", "knn")), "names a model twice"),
+        (plan("process", spin_tail_p=2.0), "spin_tail_p is 2; wanted 0 to 1"),
+        (plan("process", spin_us=-1.0), "spin_us is -1; wanted 0"),
+        (plan("process", work_us=0.0), "work_us above 0"),
         (plan("process", seconds=-1.0), "seconds"),
         (plan("process", seconds=1.0, warmup_s=1.0), "warmup_s"),
         (plan("process", schema=2), "schema"),
@@ -134,3 +143,17 @@ def test_an_emulated_phase_has_its_own_seconds_and_patience() -> None:
     native, emulated = made.for_engine("native", False), made.for_engine("qemu", True)
     assert (native["seconds"], native["warmup_s"], native["request_timeout_s"]) == (20.0, 2.0, 10.0)
     assert (emulated["seconds"], emulated["warmup_s"], emulated["request_timeout_s"]) == (4.0, 1.0, 60.0)
+
+
+def test_what_the_servers_are_told() -> None:
+    assert plan("process", models=("knn-digits",), threads=2).server_args() == [
+        "--model",
+        "knn-digits",
+        "--threads",
+        "2",
+    ]
+    told = plan("process", models=("spin", "work"), spin_us=50.0, spin_tail_p=0.25, work_iterations=7).server_args()
+    assert told[4:] == [
+        "--threads", "1", "--spin-us=50.0", "--spin-tail-us=400.0", "--spin-tail-p=0.25",
+        "--work-us=200.0", "--work-iterations=7",
+    ]  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from images.errors import UsageError
-from loadtest import _rows
+from loadtest import _models
 from loadtest._rows import Checker, Rows, load, prepare, request
 
 
@@ -109,8 +109,8 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             load("x", tmp_path)
 
 
-@pytest.mark.parametrize("model", _rows.MODELS)
+@pytest.mark.parametrize("model", _models.NAMES)
 def test_the_projects_own_rows(model: str) -> None:
     found = load(model)
     assert len(found.rows) >= 200
-    assert (found.labels is None) == (model == "null")
+    assert (found.labels is None) == (model in _models.LIKE_NULL)

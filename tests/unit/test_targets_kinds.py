@@ -9,15 +9,16 @@ from hostsetup.ledger import Ledger
 from hostsetup.target import Context, Endpoint, Option, Spec
 from images.errors import UsageError
 
+SPIN: dict[str, Option] = {"spin_us": 210, "spin_tail_us": 400.5, "spin_tail_p": 0.03}
 GOOD: dict[str, dict[str, Option]] = {
-    "process": {"port": 8123},
-    "docker": {"image": "mine:1", "runtime": "runsc"},
+    "process": {"port": 8123, **SPIN},
+    "docker": {"image": "mine:1", "runtime": "runsc", **SPIN},
     "firecracker": {
         "binary": "/b", "kernel": "/k", "boot_args": "a b=c", "huge_pages": "2M", "io_engine": "Async",
-        "cache_type": "Writeback", "console": False, "rootfs_mib": 5120,
+        "cache_type": "Writeback", "console": False, "rootfs_mib": 5120, **SPIN,
     },
-    "qemu": {"kernel": "/k", "boot_args": "a", "rootfs_mib": 5120, "accel": "tcg"},
-    "uml": {"kernel": "/k", "boot_args": "a", "rootfs_mib": 5120},
+    "qemu": {"kernel": "/k", "boot_args": "a", "rootfs_mib": 5120, "accel": "tcg", **SPIN},
+    "uml": {"kernel": "/k", "boot_args": "a", "rootfs_mib": 5120, **SPIN},
     "url": {"url": "http://127.0.0.1:8080"},
 }  # fmt: skip
 
@@ -45,6 +46,8 @@ def test_a_kind_takes_its_own_options_and_no_other_kinds(kind: str) -> None:
         (Spec("t", "firecracker", options={"console": "no"}), "wants bool for console; found 'no'"),
         (Spec("t", "firecracker", options={"console": 1}), "wants bool for console; found 1"),
         (Spec("t", "qemu", options={"accel": "hvf"}), "auto or kvm or tcg for accel; found 'hvf'"),
+        (Spec("t", "docker", options={"spin_tail_p": 1.5}), "wants 0 to 1 for spin_tail_p; found 1.5"),
+        (Spec("t", "docker", options={"spin_us": "many"}), "wants float for spin_us; found 'many'"),
         (Spec("t", "qemu", options={"rootfs_mib": True}), "wants int for rootfs_mib; found True"),
         (Spec("t", "qemu", options={"rootfs_mib": 0}), "64 to 1048576 for rootfs_mib; found 0"),
         (Spec("t", "process", options={"port": 65536}), "1 to 65535 for port; found 65536"),
