@@ -134,6 +134,15 @@ def down(names: Sequence[str]) -> None:
         print(f"stopped {name}")
 
 
+fail_if_option = click.option(
+    "--fail-if", "gates", multiple=True, metavar="TARGET:MODEL:LOAD:METRIC>+X%",
+    help="Exit 3 where the interval lies wholly beyond, 5 where that cannot be told; may be repeated.",
+)  # fmt: skip
+margin_option = click.option(
+    "--margin", metavar="2%,5%", help="The difference that matters, at p50 and at p99; default: the plan's."
+)
+
+
 @cli.command()
 @click.argument("plan", required=False, type=click.Path(path_type=Path), metavar="[PLAN.toml]")
 @click.option("--quick", is_flag=True, help="The short plan, under 3 minutes with five targets.")
@@ -155,10 +164,14 @@ def down(names: Sequence[str]) -> None:
 @click.option("--work-us", type=float, help="The model work: as many iterations as take so long on the first target.")
 @click.option("--seed", type=int, help="Seed of every order and choice in the run.")
 @click.option("--seconds", type=float, help="Seconds of load per target, model and load.")
+@margin_option
+@fail_if_option
 @_dry_run
-def run(plan: Path | None, quick: bool, targets: Sequence[str], out: Path, **flags: Any) -> None:
+def run(plan: Path | None, quick: bool, targets: Sequence[str], out: Path, gates: Sequence[str], **flags: Any) -> None:
     """Run a plan: start targets, compare them, load them in turn, run the batch jobs, report."""
-    from loadtest import _keep, _plan, _report, _run
+    from loadtest import _compare, _gate, _keep, _plan, _report, _run
+
+    wanted = [_gate.parse(text) for text in gates]
 
     if plan is not None and quick:
         raise click.UsageError("--quick is a plan of its own; give it or PLAN.toml")
@@ -168,7 +181,9 @@ def run(plan: Path | None, quick: bool, targets: Sequence[str], out: Path, **fla
         path, code = _run.run(chosen, out, command=command, show=_run.Show(show.step, show.progress))
     if path is not None:
         if (path / "summary.json").exists():
-            _report.terminal(_report.summarise(path), Console())
+            summary = _report.summarise(path)
+            _report.terminal(summary, Console())
+            code = code or _tell(_compare.of_run(wanted, summary))
         errors.print(f"run folder: {path}")
     sys.exit(code)
 
@@ -212,11 +227,44 @@ def _step(text: str) -> None:
 @cli.command()
 @click.argument("run_folder", type=click.Path(path_type=Path), metavar="RUN")
 @click.option("--baseline", metavar="NAME", help="Compare against this target instead of the first.")
-def report(run_folder: Path, baseline: str | None) -> None:
+@margin_option
+@fail_if_option
+def report(run_folder: Path, baseline: str | None, margin: str | None, gates: Sequence[str]) -> None:
     """Make the table, report.md and summary.json again from a run folder alone."""
-    from loadtest import _report
+    from loadtest import _compare, _gate, _report
 
-    _report.terminal(_report.write(run_folder, baseline), Console())
+    wanted = [_gate.parse(text) for text in gates]
+    summary = _report.write(run_folder, baseline, margin)
+    _report.terminal(summary, Console())
+    sys.exit(_tell(_compare.of_run(wanted, summary)))
+
+
+@cli.command()
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="NEW…")
+@click.option("--baseline", metavar="NAME", help="The target that both runs' ratios are over; default: their first.")
+@margin_option
+@click.option("--strict", is_flag=True, help="Refuse runs of another tree or on another processor.")
+@fail_if_option
+def compare(
+    old: Path, new: Sequence[Path], baseline: str | None, margin: str | None, strict: bool, gates: Sequence[str]
+) -> None:
+    """Compare runs, each through its ratio to its own baseline: machines and days differ."""
+    from loadtest import _compare, _gate, _report
+
+    wanted = [_gate.parse(text) for text in gates]
+    found = [_compare.compare(old, one, baseline=baseline, margin=margin, strict=strict) for one in new]
+    for one in found:
+        _report.table(_compare.grid(one), Console())
+    sys.exit(_tell([outcome for one in found for outcome in _compare.gates(wanted, one)]))
+
+
+def _tell(outcomes: Sequence[Any]) -> int:
+    from loadtest import _gate
+
+    for outcome in outcomes:
+        errors.print(escape(outcome.line))
+    return _gate.worst(outcomes)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -121,6 +121,11 @@ def _head(run: Path) -> Folder:
     return Folder(run, plan, manifest, targets)
 
 
+def plan_of(run: Path) -> Plan:
+    """The plan alone. Raises UsageError as `read` does."""
+    return _head(run).plan
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 

@@ -64,18 +64,28 @@ def _replace(path: Path, content: bytes) -> None:
 
 def terminal(summary: Summary, console: Console) -> None:
     """Print the tables and what has to be known to read them; 100 columns wide where that is not a terminal."""
-    if not console.is_terminal:
-        console.width = WIDTH
+    _widen(console)
     for line in _head(summary):
         console.print(escape(line), highlight=False)
     for grid in grids(summary):
-        console.print(f"\n[bold]{escape(grid.title)}[/]", highlight=False)
-        console.print(_table(grid))
-        for note in grid.notes:
-            console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
+        table(grid, console)
     console.print("\nHow to read it", style="bold")
     for line in _how_to_read(summary):
         console.print(escape(line), highlight=False)
+
+
+def _widen(console: Console) -> None:
+    if not console.is_terminal:
+        console.width = WIDTH
+
+
+def table(grid: Grid, console: Console) -> None:
+    """Print one table with its title and its notes."""
+    _widen(console)
+    console.print(f"\n[bold]{escape(grid.title)}[/]", highlight=False)
+    console.print(_table(grid))
+    for note in grid.notes:
+        console.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
 
 
 def _table(grid: Grid) -> Table:
