@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hostsetup import ledger as books
 from hostsetup.ledger import Ledger
+from hostsetup.removers import alias
 from images import shell
 from images.errors import IsolatencyError
 
@@ -52,9 +53,12 @@ def guest_slot(ledger: Ledger) -> Iterator[Slot]:
     with books.locked("slots.lock"):  # two targets that start together must not choose the same index
         slot = _lowest_free()
         _refuse_foreign(slot)
-        entry = ledger.add("tap", name=slot.tap, index=slot.index, netns=books.netns())
+        made_as = f"il{ledger.id}-{slot.index}"
+        entry = ledger.add("tap", name=slot.tap, made_as=made_as, index=slot.index, netns=books.netns())
     try:
-        shell.run(["ip", "tuntap", "add", "dev", slot.tap, "mode", "tap"])
+        # At every moment it carries our mark, first in its name and then as its alias: others make a tap0, too.
+        shell.run(["ip", "tuntap", "add", "dev", made_as, "mode", "tap"])
+        shell.run(["ip", "link", "set", "dev", made_as, "name", slot.tap, "alias", alias(ledger.id)])
         shell.run(["ip", "address", "add", f"{slot.host_ip}/24", "dev", slot.tap])
         shell.run(["ip", "link", "set", "dev", slot.tap, "up"])
         yield slot

@@ -5,6 +5,7 @@ where it was gone already, and raises IsolatencyError where it is there and cann
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -193,14 +194,21 @@ def _container(entry: Entry, owner: str) -> str | None:
     return words(entry) if found else None
 
 
+def alias(owner: str) -> str:
+    """What an interface of ours carries, so that another one of the same name is left alone."""
+    return f"isolatency-{owner}"
+
+
 def _tap(entry: Entry, owner: str) -> str | None:
     inside = in_netns(entry["netns"])
     if inside is None:  # a namespace takes its interfaces with it
         return None
-    if shell.run([*inside, "ip", "link", "show", "dev", entry["name"]], changes=False, check=False).returncode:
-        return None
-    shell.run([*inside, "ip", "link", "del", "dev", entry["name"]])
-    return words(entry)
+    for name, wanted in ((entry["name"], alias(owner)), (entry["made_as"], None)):
+        shown = shell.run([*inside, "ip", "-json", "link", "show", "dev", name], changes=False, check=False).stdout
+        if any(link.get("ifalias") == wanted or wanted is None for link in json.loads(shown or "[]")):
+            shell.run([*inside, "ip", "link", "del", "dev", name])
+            return words(entry)
+    return None
 
 
 def _rule(entry: Entry, owner: str) -> str | None:

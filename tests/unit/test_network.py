@@ -100,6 +100,35 @@ with Ledger.open("test", "n") as ledger, network.guest_slot(ledger) as slot:
     assert said == "made tap0\n"
 
 
+def test_a_tap_that_another_made_in_the_place_of_ours_is_left_alone() -> None:
+    said = in_namespace("""
+with Ledger.open("test", "n") as ledger, network.guest_slot(ledger):
+    shell.run(["ip", "link", "del", "dev", "tap0"])
+    shell.run(["ip", "tuntap", "add", "dev", "tap0", "mode", "tap"])
+print(sorted(names()))
+""")
+    assert said == "['lo', 'tap0']\n"
+
+
+def test_a_tap_is_removed_before_it_has_its_name_too() -> None:
+    said = in_namespace("""
+ledger = Ledger.open("test", "n")
+run = shell.run
+def killed(argv, **more):
+    if "alias" in argv:
+        raise KeyboardInterrupt
+    return run(argv, **more)
+shell.run = killed
+try:
+    with network.guest_slot(ledger):
+        pass
+except KeyboardInterrupt:
+    print(sorted(names()))
+ledger.__exit__(None, None, None)
+""")
+    assert said == "['lo']\n"
+
+
 VICTIM = """
 import os, sys
 from pathlib import Path
