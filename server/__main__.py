@@ -1,12 +1,16 @@
 """python -m server --model knn --model dnn --model null [--host H --port P]: the inference server."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from server import catalogue
+from server.limits import Limits, flags
+
+SWITCH_S = 0.0005  # how long a model's thread may keep the event loop from the interpreter; Python's default is 5 ms
 
 
 def arguments() -> argparse.Namespace:
@@ -20,6 +24,14 @@ def arguments() -> argparse.Namespace:
     add("--threads", type=_whole(1, 1024), default=1, help="BLAS threads (default: %(default)s)")
     add("--jobs", action="store_true", help="offer the batch jobs, at /jobs")
     add("--tree-label", type=Path, metavar="FILE", help="report the tree's digest in FILE instead of computing it")
+    add("--timing", action=argparse.BooleanOptionalAction, default=True, help="send the header Server-Timing")
+    add("--log-format", choices=("text", "json"), default="text", help="of the lines on standard error")
+    add("--access-log", action="store_true", help="a line for every request, too")
+    limits = parser.add_argument_group("limits")
+    for name, (kind, default, least, text) in flags().items():
+        convert = _whole(int(least), 2**31) if kind is int else _number(least)
+        flag = f"--{name.replace('_', '-')}"
+        limits.add_argument(flag, type=convert, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -32,26 +44,43 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
+def _number(least: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value < math.inf):
+            raise argparse.ArgumentTypeError(f"wanted a number of {least:g} or more; found {text!r}")
+        return value
+
+    return parse
+
+
 def main() -> int:
     chosen = arguments()
     os.environ["OPENBLAS_NUM_THREADS"] = str(chosen.threads)  # OpenBLAS reads it once, when NumPy is imported
     import uvloop
 
-    from server import app, identity
+    from server import app, identity, life
     from server.jobs import Jobs
+    from server.log import access, in_lines, log
 
-    app.log_in_lines()
+    in_lines(chosen.log_format)
+    limits = Limits(**{name: getattr(chosen, name) for name in flags()})
     try:
         label = identity.read_label(chosen.tree_label) if chosen.tree_label else None
         models = catalogue.load(chosen.model, chosen)
     except (OSError, ValueError) as error:
-        app.log(f"could not start: {error}")
+        log(f"could not start: {error}", "error")
         return 1
-    service = app.Service(models, label, Jobs() if chosen.jobs else None)
+    sys.setswitchinterval(SWITCH_S)
+    service = app.Service(models, limits, label=label, jobs=Jobs() if chosen.jobs else None, timing=chosen.timing)
+    service.warm_up()
     try:
-        uvloop.run(app.serve(service, chosen.host, chosen.port))
+        uvloop.run(life.serve(service, chosen.host, chosen.port, access() if chosen.access_log else None))
     except OSError as error:
-        app.log(f"could not serve on {chosen.host}:{chosen.port}: {error}")
+        log(f"could not serve on {chosen.host}:{chosen.port}: {error}", "error")
         return 1
     return 0
 

@@ -1,151 +1,113 @@
-"""The routes and the life of the server: aiohttp, one process; a small request is answered inline, without a thread."""
+"""The routes: the Open Inference Protocol, what this target is, batch jobs, metrics."""
 
 import asyncio
-import logging
-import signal
-import sys
+import re
 import time
 import uuid
-import zlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from aiohttp import web
 
 from server import identity, protocol, tensors
+from server.answers import WBITS, Answer, answer, packed, refusal
+from server.batcher import Batcher, Busy, Call, Expired, Failed
+from server.connection import Connection, Connections
 from server.jobs import BadJob, Jobs
+from server.limits import Limits
+from server.log import log
+from server.metrics import Calls, Exposition, Requests
 from server.models.base import BadInput, Model
-from server.stats import Stats, Times
+from server.timing import Stamps, header, stages
+from server.worker import Watch
 
 VERSION = "1"
-BODY_LIMIT = 16 * 2**20
-INLINE_BODY = 32 * 2**10  # a larger one would keep other requests waiting for a millisecond or more
-PACK_FROM = 1024  # bytes; a smaller answer fits into one packet anyway
-WBITS = {"gzip": 31, "deflate": 15}
+INLINE_BODY = 32 * 2**10  # to parse a larger one would keep other requests waiting for a millisecond or more
 EXTENSIONS = ["binary_tensor_data", "statistics", "model_configuration", "model_repository"]
 NOT_OFFERED = {
-    "/v2/{kind:(system|cuda|tpu|xpu)sharedmemory}{rest:(/.*)?}": "shared memory",
+    "/v2/{kind}sharedmemory{rest}": "shared memory",
     "/v2/trace/setting": "tracing",
     "/v2/models/{model}/trace/setting": "tracing",
     "/v2/logging": "a change of logging",
 }
-KEEP_ALIVE_S = 75.0
-GRACE_S = 2.0
-BACKLOG = 1024
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+PATTERNS = {"kind": "(?:system|cuda|tpu|xpu)", "rest": "(?:/.*)?"}
+CLIENT_GONE = 499  # in the counters; nobody reads such an answer
+RETRY = {"Retry-After": "1"}
+Parts = dict[str, str]
+Handler = Callable[[web.BaseRequest, Parts, bytes], Awaitable[web.StreamResponse]]
 
 
-def log(line: str) -> None:
-    print(f"server: {line}", file=sys.stderr, flush=True)
+class _Refused(Exception):
+    """What is asked for is not here, or not now: a model, a version, a job."""
+
+    def __init__(self, text: str, status: int = 404) -> None:
+        super().__init__(text)
+        self.status = status
 
 
-class _Lines(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        cause = record.exc_info[1] if record.exc_info else None
-        log(" ".join(f"{record.getMessage()}{f': {cause!r}' if cause else ''}".split()))
+class _NotAllowed(Exception):
+    def __init__(self, text: str, allowed: str) -> None:
+        super().__init__(text)
+        self.allowed = allowed
 
 
-def log_in_lines() -> None:
-    """Let what aiohttp and asyncio log be one line each, too."""
-    logging.basicConfig(level=logging.WARNING, handlers=[_Lines()])
+class _Served:
+    """A model, its queue, its counters."""
 
-
-def answer(value: Any, status: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
-
-
-def refusal(status: int, text: str) -> web.Response:
-    return answer({"error": " ".join(text.split())}, status)
-
-
-def packed(body: bytes, accepted: str) -> tuple[bytes, str | None]:
-    """The body as gzip or deflate, where the header Accept-Encoding takes one of them."""
-    for one in accepted.lower().split(",") if len(body) >= PACK_FROM else ():
-        name, _, weight = one.replace(" ", "").partition(";q=")
-        if name in WBITS and (not weight or weight.strip("0.")):
-            packer = zlib.compressobj(1, wbits=WBITS[name])
-            return packer.compress(body) + packer.flush(), name
-    return body, None
-
-
-@web.middleware
-async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error is {"error": "..."} and nothing else, also those that aiohttp raises."""
-    try:
-        return await handler(request)
-    except BadInput as error:
-        return refusal(400, str(error))
-    except web.RequestPayloadError as error:
-        return refusal(400, f"the body could not be read: {error}")
-    except web.HTTPRequestEntityTooLarge:
-        return refusal(413, f"wanted a body of at most {BODY_LIMIT} bytes; found a larger one")
-    except web.HTTPMethodNotAllowed as error:
-        allowed = ", ".join(sorted(error.allowed_methods))
-        refused = refusal(405, f"{request.path} takes {allowed}; found {request.method}")
-        refused.headers["Allow"] = allowed
-        return refused
-    except web.HTTPException as error:
-        return refusal(error.status, f"{error.reason}: {request.method} {request.path}")
-    except protocol.NotOffered as error:
-        return refusal(501, str(error))
-    except _Refused as error:
-        return refusal(error.status, str(error))
-    except Exception as error:
-        mark = uuid.uuid4().hex[:8]
-        log(f"error {mark}: {request.method} {request.path}: {type(error).__name__}: {' '.join(str(error).split())}")
-        return refusal(500, f"the request failed inside the server; its log has it as error {mark}")
-
-
-async def expectation(request: web.Request) -> web.Response | None:
-    """Answer the header Expect, in place of aiohttp's own, whose refusal is no JSON."""
-    if request.headers["Expect"].lower() != "100-continue":
-        return refusal(417, f"wanted 100-continue for the header Expect; found {request.headers['Expect']!r}")
-    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    request.writer.output_size = 0  # the answer itself has not begun
-    return None
-
-
-class Connection(web.RequestHandler):
-    """One client's connection. What is no HTTP reaches no route, so its refusal is made here."""
-
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        if request.writer.output_size > 0:
-            raise ConnectionError("the connection broke in the middle of an answer")
-        refused = refusal(status, f"the request could not be read: {message or exc or 'no reason was given'}")
-        refused.force_close()
-        return refused
+    def __init__(self, model: Model, limits: Limits, watch: Watch) -> None:
+        self.model = model
+        self.loaded = True
+        self.calls = Calls()
+        self.requests = {version: Requests(self.calls) for version in model.versions}
+        self.batcher = Batcher(model, limits, watch, self.calls)
 
 
 class Service:
     """The handlers, over the models that are served."""
 
-    def __init__(self, models: Sequence[Model], label: str | None, jobs: Jobs | None) -> None:
-        self._models = {model.name: model for model in models}
-        self._loaded = set(self._models)
-        self._stats = {(model.name, version): Stats() for model in models for version in model.versions}
-        self._label = label
-        self._jobs = jobs
+    def __init__(
+        self, models: Sequence[Model], limits: Limits, *, label: str | None, jobs: Jobs | None, timing: bool
+    ) -> None:
+        watch = Watch(limits.model_timeout)
+        self._served = {model.name: _Served(model, limits, watch) for model in models}
+        self._limits, self._label, self._jobs, self._timing = limits, label, jobs, timing
+        self._metrics = Exposition()
+        self._metrics.calls = {name: one.calls for name, one in self._served.items()}
+        self._metrics.requests = {
+            (name, version): found for name, one in self._served.items() for version, found in one.requests.items()
+        }
+        self.connections = Connections(limits, self._metrics.lag)
         self._digest: asyncio.Task[tuple[str | None, str]] | None = None
         # One thread, so that the memory that large bodies take is bounded.
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large")
+        self._routes: list[tuple[re.Pattern[str], dict[str, Handler]]] = []
+        self._route()
+        self._infer_paths = {
+            f"/v2/models/{name}{version}/infer": (one, version.rpartition("/")[2] or one.model.versions[-1])
+            for name, one in self._served.items()
+            for version in ("", *(f"/versions/{version}" for version in one.model.versions))
+        }
 
-    def application(self) -> web.Application:
-        app = web.Application(middlewares=[errors_as_json], client_max_size=BODY_LIMIT)
+    def warm_up(self) -> None:
+        for name, one in self._served.items():
+            if (wrong := one.batcher.warm_up()) is not None:
+                log(f"model {name} failed in its first calls and is served all the same: {wrong}", "error")
 
+    def _route(self) -> None:
         def add(method: str, path: str, handler: Handler) -> None:
-            app.router.add_route(method, path, handler, expect_handler=expectation)
+            parts = re.sub(r"\{(\w+)\}", lambda part: f"(?P<{part[1]}>{PATTERNS.get(part[1], '[^/]+')})", path)
+            self._routes.append((re.compile(parts), {method: handler}))
 
         add("GET", "/v2/health/live", self._live)
         add("GET", "/v2/health/ready", self._ready)
         add("GET", "/v2", self._server)
+        add("GET", "/metrics", self._exposition)
         add("GET", "/v2/models/stats", self._all_stats)
         for version in ("", "/versions/{version}"):
             path = "/v2/models/{model}" + version
-            add("POST", path + "/infer", self._infer)
+            add("POST", path + "/infer", self._infer_by_name)
             add("GET", path + "/ready", self._model_ready)
             add("GET", path + "/config", self._config)
             add("GET", path + "/stats", self._model_stats)
@@ -158,105 +120,218 @@ class Service:
         add("GET", "/identity", self._identity)
         add("POST", "/jobs", self._start_job)
         add("GET", "/jobs/{id}", self._job)
-        app.on_shutdown.append(self._stop)
-        return app
 
-    async def _live(self, request: web.Request) -> web.Response:
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.connections.in_flight += 1
+        try:
+            if "Expect" in request.headers:
+                await _continue(request)
+            infer = self._infer_paths.get(request.path)
+            if infer is not None and request.method == "POST":
+                return await self._infer(request, *infer)
+            handler, parts = self._find(request)
+            body = await request.read()
+            _connection(request).whole()
+            return await handler(request, parts, body)
+        except Exception as error:
+            return self._refuse(request, error)
+        finally:
+            self.connections.in_flight -= 1
+
+    def _refuse(self, request: web.BaseRequest, error: Exception) -> Answer:
+        """Every error is {"error": "…"} and nothing else."""
+        refused = self._refusal(request, error)
+        self._metrics.errors[refused.status] += 1
+        if not request.content.is_eof():  # the rest of its body is not read
+            refused.force_close()
+        _connection(request).whole()
+        return refused
+
+    def _find(self, request: web.BaseRequest) -> tuple[Handler, Parts]:
+        for pattern, handlers in self._routes:
+            if match := pattern.fullmatch(request.path):
+                handler = handlers.get(request.method) or handlers.get("*")
+                if handler is None:
+                    raise _NotAllowed(f"{request.path} takes {', '.join(sorted(handlers))}; found {request.method}",
+                                      ", ".join(sorted(handlers)))  # fmt: skip
+                return handler, match.groupdict()
+        raise _Refused(f"there is nothing at {request.path}")
+
+    def _refusal(self, request: web.BaseRequest, error: Exception) -> Answer:
+        match error:
+            case BadInput():
+                return refusal(400, str(error))
+            case BadJob() | _Refused():
+                return refusal(error.status, str(error))
+            case Busy() | Expired():
+                return refusal(503, str(error), RETRY)
+            case _NotAllowed():
+                return refusal(405, str(error), {"Allow": error.allowed})
+            case protocol.NotOffered():
+                return refusal(501, str(error))
+            case web.HTTPRequestEntityTooLarge():
+                return refusal(413, f"wanted a body of at most {self._limits.max_body_mib} MiB; found a larger one")
+            case web.RequestPayloadError():
+                return refusal(400, f"the body could not be read: {error}")
+            case ConnectionError():
+                return refusal(400, "the client is gone")
+        mark = uuid.uuid4().hex[:8]
+        reason = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
+        log(f"error {mark}: {request.method} {request.path}: {reason}", "error")
+        return refusal(500, f"the request failed inside the server; its log has it as error {mark}")
+
+    async def _live(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
         return answer({"live": True})
 
-    async def _ready(self, request: web.Request) -> web.Response:
+    async def _ready(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
+        if self.connections.stopping:
+            raise _Refused("the server is stopping", 503)
         return answer({"ready": True})  # models are loaded before the server listens
 
-    async def _server(self, request: web.Request) -> web.Response:
+    async def _server(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
         return answer({"name": "isolatency", "version": VERSION, "extensions": EXTENSIONS})
 
-    async def _model(self, request: web.Request) -> web.Response:
-        return answer(protocol.metadata(self._named(request)))
+    async def _exposition(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
+        self._metrics.waiting = {name: one.batcher.waiting_rows for name, one in self._served.items()}
+        self._metrics.connections = len(self.connections.open)
+        content, media = self._metrics.text(request.headers.get("Accept", ""))
+        return Answer(content, media=media)
 
-    async def _model_ready(self, request: web.Request) -> web.Response:
-        return answer({"name": self._named(request).name, "ready": True})
+    async def _model(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
+        return answer(protocol.metadata(self._named(parts).model))
 
-    async def _config(self, request: web.Request) -> web.Response:
-        return answer(protocol.config(self._named(request)))
+    async def _model_ready(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
+        return answer({"name": self._named(parts).model.name, "ready": True})
 
-    async def _model_stats(self, request: web.Request) -> web.Response:
-        model = self._named(request)
-        named = request.match_info.get("version")
+    async def _config(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
+        found = self._named(parts)
+        batcher = found.batcher
+        measured = {
+            str(rows): {"us": us, "runs": "inline" if batcher.inline(rows) else "in a thread"}
+            for rows, us in batcher.costs.as_us().items()
+        }
+        ours = {
+            "max_batch": str(self._limits.max_batch if batcher.joins else 1),
+            "max_delay_us": str(self._limits.max_delay_us),
+            "max_queue": str(self._limits.max_queue),
+            "calls_by_rows": orjson.dumps(measured).decode(),
+        }
+        parameters = {name: {"string_value": value} for name, value in ours.items()}
+        return answer(protocol.config(found.model) | {"parameters": parameters})
+
+    async def _model_stats(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
+        model, named = self._named(parts).model, parts.get("version")
         return answer(self._stats_of((model.name, v) for v in model.versions if named in (None, v)))
 
-    async def _all_stats(self, request: web.Request) -> web.Response:
-        return answer(self._stats_of(key for key in self._stats if key[0] in self._loaded))
+    async def _all_stats(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
+        return answer(self._stats_of(key for key in self._metrics.requests if self._served[key[0]].loaded))
 
     def _stats_of(self, keys: Iterable[tuple[str, str]]) -> dict[str, Any]:
-        return {"model_stats": [self._stats[key].as_triton(*key) for key in keys]}
+        return {"model_stats": [self._metrics.requests[key].as_triton(*key) for key in keys]}
 
-    async def _index(self, request: web.Request) -> web.Response:
-        ready_only = (await _object(request)).get("ready", False)
+    async def _index(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
+        ready_only = _object(body).get("ready", False)
         if not isinstance(ready_only, bool):
             raise BadInput(f"wanted true or false for ready; found {tensors.short(ready_only)}")
         listed = []
-        for model in self._models.values():
-            loaded = model.name in self._loaded
-            state = {"state": "READY", "reason": ""} if loaded else {"state": "UNAVAILABLE", "reason": "unloaded"}
-            listed += [{"name": model.name, "version": version} | state for version in model.versions]
+        for name, one in self._served.items():
+            state = {"state": "READY", "reason": ""} if one.loaded else {"state": "UNAVAILABLE", "reason": "unloaded"}
+            listed += [{"name": name, "version": version} | state for version in one.model.versions]
         return answer([one for one in listed if one["state"] == "READY" or not ready_only])
 
-    async def _load(self, request: web.Request) -> web.Response:
+    async def _load(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
         """Load again a model that was named at the start; what is loaded stays as it is."""
-        model = self._known(request)
-        if (await _object(request)).get("parameters"):
+        found = self._known(parts)
+        if _object(body).get("parameters"):
             raise BadInput("a model is loaded as it was named at the start; found parameters that would change it")
-        if model.name not in self._loaded:
-            await asyncio.get_running_loop().run_in_executor(self._large, model.load)
-            self._loaded.add(model.name)
+        if not found.loaded:
+            await asyncio.get_running_loop().run_in_executor(self._large, found.model.load)
+            found.loaded = True
         return answer({})
 
-    async def _unload(self, request: web.Request) -> web.Response:
+    async def _unload(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
         """Stop serving a model; its memory is kept, since it may be loaded again."""
-        model = self._known(request)
-        await _object(request)
-        self._loaded.discard(model.name)
+        found = self._known(parts)
+        _object(body)
+        found.loaded = False
         return answer({})
 
-    async def _infer(self, request: web.Request) -> web.Response:
-        model = self._named(request)
-        version = request.match_info.get("version", model.versions[-1])
-        stats = self._stats[model.name, version]
+    async def _infer_by_name(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
+        """An infer request whose path is not spelt as the fast look-up knows it."""
+        found = self._named(parts)
+        return await self._infer(request, found, parts.get("version", found.model.versions[-1]))
+
+    async def _infer(self, request: web.BaseRequest, served: _Served, version: str) -> Answer:
+        connection = _connection(request)
+        counts = served.requests[version]
         begun = time.monotonic_ns()
         try:
-            encoding = request.headers.get("Content-Encoding", "identity")
-            if encoding.lower() not in ("identity", *WBITS):
+            if not served.loaded:
+                raise _Refused(f"model {served.model.name!r} is unloaded; load it first", 503)
+            headers = request.headers
+            encoding = headers.get("Content-Encoding")
+            if encoding is not None and encoding.lower() not in ("identity", *WBITS):
                 raise _Refused(f"wanted gzip, deflate or identity for Content-Encoding; found {encoding!r}", 415)
             body = await request.read()
-            header = request.headers.get("Inference-Header-Content-Length")
-            asked = (model, version, body, header, request.headers.get("Accept-Encoding", ""))
-            if len(body) <= INLINE_BODY:
-                headers, results, times = _predict(*asked)
-            else:
+            read = time.monotonic_ns()
+            begun = connection.whole()
+            json_bytes = headers.get("Inference-Header-Content-Length")
+            large = len(body) > INLINE_BODY
+            if large:
                 loop = asyncio.get_running_loop()
-                headers, results, times = await loop.run_in_executor(self._large, _predict, *asked)
-        except BaseException:
-            stats.failed(time.monotonic_ns() - begun)
+                wanted = await loop.run_in_executor(self._large, protocol.parse, body, served.model, json_bytes)
+            else:
+                wanted = protocol.parse(body, served.model, json_bytes)
+            call = Call(wanted, time.monotonic_ns())
+            connection.waiting = call
+            try:
+                await served.batcher.run(call, bool(self.connections.arriving))
+            finally:
+                connection.waiting = None
+            resumed = time.monotonic_ns()
+            accepted = headers.get("Accept-Encoding", "")
+            if large or sum(values.nbytes for values in call.results.values()) > INLINE_BODY:
+                loop = asyncio.get_running_loop()
+                content, more, media = await loop.run_in_executor(
+                    self._large, _serialised, served.model, version, call, accepted
+                )
+            else:
+                content, more, media = _serialised(served.model, version, call, accepted)
+        except Exception as error:
+            refused = self._refuse(request, error)
+            counts.failed(refused.status, time.monotonic_ns() - begun)
+            return refused
+        except asyncio.CancelledError:
+            counts.failed(CLIENT_GONE, time.monotonic_ns() - begun)
             raise
-        stats.succeeded(time.monotonic_ns() - begun, times)
-        return web.Response(body=results, headers=headers)
+        serialised = time.monotonic_ns()
+        of = stages(
+            Stamps(begun, read, call.parsed_ns, call.started_ns, call.joined_ns, call.computed_ns, resumed, serialised)
+        )
+        counts.succeeded(call.rows, of)
+        if self._timing:
+            more["Server-Timing"] = header(of)
+        answered = Answer(content, headers=more, media=media)
+        answered.written = lambda: counts.write.add(time.monotonic_ns() - serialised)
+        return answered
 
-    def _named(self, request: web.Request) -> Model:
-        model = self._known(request)
-        if model.name not in self._loaded:
-            raise _Refused(f"model {model.name!r} is unloaded; load it first", status=503)
-        return model
+    def _named(self, parts: Parts) -> _Served:
+        found = self._known(parts)
+        if not found.loaded:
+            raise _Refused(f"model {found.model.name!r} is unloaded; load it first", 503)
+        return found
 
-    def _known(self, request: web.Request) -> Model:
-        name, version = request.match_info["model"], request.match_info.get("version")
-        model = self._models.get(name)
-        if model is None:
-            raise _Refused(f"model {name!r} is not served; there are: {', '.join(self._models)}")
-        if version is not None and version not in model.versions:
-            raise _Refused(f"model {name!r} has no version {version!r}; there are: {', '.join(model.versions)}")
-        return model
+    def _known(self, parts: Parts) -> _Served:
+        name, version = parts["model"], parts.get("version")
+        found = self._served.get(name)
+        if found is None:
+            raise _Refused(f"model {name!r} is not served; there are: {', '.join(self._served)}")
+        if version is not None and version not in found.model.versions:
+            versions = ", ".join(found.model.versions)
+            raise _Refused(f"model {name!r} has no version {version!r}; there are: {versions}")
+        return found
 
-    async def _identity(self, request: web.Request) -> web.Response:
+    async def _identity(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
         if self._digest is None:
             self._digest = asyncio.create_task(self._digest_of_this_tree())
         return answer(identity.facts(await asyncio.shield(self._digest)))
@@ -265,70 +340,71 @@ class Service:
         try:
             return await asyncio.to_thread(identity.digest_of_this_tree, self._label)
         except OSError as error:
-            log(f"error: the tree has no digest, since not all of it can be read: {error}")
+            log(f"error: the tree has no digest, since not all of it can be read: {error}", "error")
             return None, "none"
 
-    async def _start_job(self, request: web.Request) -> web.Response:
+    async def _start_job(self, request: web.BaseRequest, parts: Parts, body: bytes) -> web.StreamResponse:
         jobs = self._offered()
         try:
-            wanted = orjson.loads(await request.read())
+            wanted = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise BadInput(f"wanted a JSON body; it could not be parsed: {error}") from None
-        try:
-            job = await jobs.prepare(wanted)
-        except BadJob as error:
-            return refusal(error.status, str(error))
+        job = await jobs.prepare(wanted)
         begun = answer(job.state(), 201)
         if request.transport is None or request.transport.is_closing():
             await job.stop()  # nobody waits for it, and it would keep others waiting
             return begun
-        await begun.prepare(request)
-        job.go()  # the target's clock starts as the answer leaves, so that the host's can start as it arrives
-        await begun.write_eof()
+        # The target's clock starts as the answer leaves, so that the host's can start as it arrives.
+        begun.written = job.go
         return begun
 
-    async def _job(self, request: web.Request) -> web.Response:
-        job = self._offered().find(request.match_info["id"])
+    async def _job(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
+        job = self._offered().find(parts["id"])
         if job is None:
-            raise _Refused(f"there is no job {request.match_info['id']!r}")
+            raise _Refused(f"there is no job {parts['id']!r}")
         if request.query.get("wait") == "1":
             await job.ended.wait()
         return answer(job.state())
 
     def _offered(self) -> Jobs:
         if self._jobs is None:
-            raise _Refused("batch jobs are off; the server was started without --jobs", status=501)
+            raise _Refused("batch jobs are off; the server was started without --jobs", 501)
         return self._jobs
 
-    async def _stop(self, app: web.Application) -> None:
+    async def stop_jobs(self) -> None:
         if self._jobs is not None:
             await self._jobs.stop()
+
+    def stop(self) -> None:
         self._large.shutdown(wait=False, cancel_futures=True)
 
 
-def _predict(
-    model: Model, version: str, body: bytes, json_bytes: str | None, accepted: str
-) -> tuple[dict[str, str], bytes, Times]:
-    start = time.monotonic_ns()
-    wanted = protocol.parse(body, model, json_bytes)
-    parsed = time.monotonic_ns()
-    batch = wanted.batch()
-    results = model.predict(batch)
-    computed = time.monotonic_ns()
-    protocol.check_results(model, batch, results)
-    made = protocol.response(model, version, wanted, results)
+def _connection(request: web.BaseRequest) -> Connection:
+    return cast(Connection, request.protocol)
+
+
+def _serialised(model: Model, version: str, call: Call, accepted: str) -> tuple[bytes, dict[str, str], str]:
+    """The answer's body, headers and media type."""
+    made = protocol.response(model, version, call.request, call.results)
     content, encoding = packed(made.body, accepted)
-    headers = {"Content-Type": "application/json"}
+    headers, media = {}, "application/json"
     if made.json_bytes is not None:
-        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(made.json_bytes)}
+        headers, media = {"Inference-Header-Content-Length": str(made.json_bytes)}, "application/octet-stream"
     if encoding is not None:
         headers["Content-Encoding"] = encoding
-    return headers, content, Times(parsed - start, computed - parsed, time.monotonic_ns() - computed)
+    return content, headers, media
 
 
-async def _object(request: web.Request) -> dict[str, Any]:
+async def _continue(request: web.BaseRequest) -> None:
+    """Answer the header Expect."""
+    if request.headers["Expect"].lower() != "100-continue":
+        raise _Refused(f"wanted 100-continue for the header Expect; found {request.headers['Expect']!r}", 417)
+    if request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def _object(body: bytes) -> dict[str, Any]:
     """The JSON object in the body, or an empty one where there is no body."""
-    body = await request.read()
     try:
         found = orjson.loads(body) if body else {}
     except orjson.JSONDecodeError as error:
@@ -339,41 +415,7 @@ async def _object(request: web.Request) -> dict[str, Any]:
 
 
 def _not_offered(what: str) -> Handler:
-    async def handler(request: web.Request) -> web.Response:
+    async def handler(request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
         raise protocol.NotOffered(f"{what} is not offered by this server")
 
     return handler
-
-
-class _Refused(Exception):
-    """What a path names is not here: a model, a version, a job, or jobs at all."""
-
-    def __init__(self, text: str, status: int = 404) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-async def serve(service: Service, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT. Raises OSError when the address cannot be listened on."""
-    loop = asyncio.get_running_loop()
-    runner = web.AppRunner(service.application(), shutdown_timeout=GRACE_S)
-    await runner.setup()
-    manager = runner.server
-    assert manager is not None
-
-    def connection() -> Connection:
-        return Connection(manager, loop=loop, keepalive_timeout=KEEP_ALIVE_S, access_log=None)  # type: ignore[arg-type]
-
-    end = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end.set)
-    try:
-        listener = await loop.create_server(connection, host, port, backlog=BACKLOG)
-        bound = listener.sockets[0].getsockname()
-        log(f"listening on http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}")
-        await end.wait()
-        log("stopping")
-        listener.close()
-    finally:
-        await runner.cleanup()
-    log("stopped")

@@ -45,7 +45,7 @@ def _is_file(word: str) -> bool:
 
 
 def load(words: Sequence[str], chosen: argparse.Namespace) -> "list[Model]":
-    """The models, ready to answer. Raises ValueError for one that cannot be served, OSError for its files."""
+    """The models, loaded. Raises ValueError for one that cannot be served, OSError for its files."""
     models: dict[str, Model] = {}
     for word in dict.fromkeys(words):
         model = _own(word) if _is_file(word) else _ours(word, chosen)
@@ -53,7 +53,6 @@ def load(words: Sequence[str], chosen: argparse.Namespace) -> "list[Model]":
             raise ValueError(f"two models are called {model.name!r}; serve them by two servers")
         try:
             model.load()
-            model.warm_up()
         except Exception as error:
             raise ValueError(f"model {model.name} could not be loaded: {_said(error)}") from error
         models[model.name] = model

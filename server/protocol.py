@@ -16,7 +16,7 @@ from server import tensors
 from server.models.base import Array, BadInput, Batch, Model, Tensor
 from server.tensors import kind, short
 
-# Hints to a scheduler that tritonclient sends; a server without a queue honours them by answering at once.
+# Hints to a scheduler that tritonclient sends. Every request here has the same priority.
 HINTS = ("timeout", "priority")
 
 
@@ -41,6 +41,7 @@ class Request(NamedTuple):
     inputs: Mapping[str, Array]
     parameters: Mapping[str, Any]
     outputs: tuple[Output, ...]
+    timeout_us: int = 0  # 0 is none
 
     def batch(self) -> Batch:
         return Batch(self.inputs, self.parameters, tuple(output.name for output in self.outputs))
@@ -72,14 +73,15 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
         raise BadInput(f"wanted a string for id; found {kind(identifier)}")
     parameters = dict(_object(message, "parameters"))
     all_binary = _flag(parameters.pop("binary_data_output", False), "binary_data_output")
-    for hint in HINTS:
-        value = parameters.pop(hint, 0)
+    hints = {name: parameters.pop(name, 0) for name in HINTS} if parameters else {}
+    for name, value in hints.items():
         if type(value) is not int or value < 0:
-            raise BadInput(f"wanted a whole number, 0 or more, for {hint}; found {short(value)}")
+            raise BadInput(f"wanted a whole number, 0 or more, for {name}; found {short(value)}")
     model.check(parameters)
     outputs = _outputs(message.get("outputs"), model, all_binary)
     tail = None if length is None else memoryview(body)[length:]
-    return Request(identifier, _inputs(message.get("inputs"), model, tail), parameters, outputs)
+    inputs = _inputs(message.get("inputs"), model, tail)
+    return Request(identifier, inputs, parameters, outputs, hints.get("timeout", 0))
 
 
 def _length(header: str | None, most: int) -> int | None:

@@ -1,0 +1,111 @@
+"""Connections: when a request's first byte came, who is slow, how many there may be."""
+
+import asyncio
+import time
+
+from aiohttp import web
+
+from server.answers import Answer, refusal
+from server.batcher import Call
+from server.limits import Limits
+from server.metrics import Histogram
+
+SWEEP_S = 0.1
+LINGER_S = 2.0  # how long a refused body is drained, so that its sender sees the answer and no reset
+
+
+class Connections:
+    """All that are open, and those among them whose request has begun to arrive and is not whole, oldest first."""
+
+    def __init__(self, limits: Limits, lag: Histogram) -> None:
+        self.limits = limits
+        self.open: set[Connection] = set()
+        self.arriving: dict[Connection, int] = {}
+        self.last_byte_ns = 0
+        self.in_flight = 0
+        self.stopping = False
+        self._lag = lag
+
+    async def sweep(self) -> None:
+        """Cut senders that are slow, for ever; how late this wakes up is the event loop's lag."""
+        bound_ns = int(self.limits.request_timeout * 1e9)
+        while True:
+            due = time.monotonic_ns() + int(SWEEP_S * 1e9)
+            await asyncio.sleep(SWEEP_S)
+            now = time.monotonic_ns()
+            self._lag.add(max(0, now - due))
+            for connection, begun in list(self.arriving.items()):
+                if begun > now - bound_ns:
+                    break
+                connection.cut(408, f"wanted a whole request within {self.limits.request_timeout:g} s; found a part")
+
+
+class Connection(web.RequestHandler):
+    """One client's connection. What is no HTTP reaches no route, so its refusal is made here."""
+
+    __slots__ = ("_begun_ns", "_book", "waiting")
+
+    def __init__(self, book: Connections, server: web.Server, access_log: object) -> None:
+        limits = book.limits
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=limits.idle_timeout,
+            access_log=access_log,  # type: ignore[arg-type]
+            max_line_size=limits.max_header_bytes,
+            max_field_size=limits.max_header_bytes,
+            max_headers=limits.max_headers,
+            lingering_time=LINGER_S,
+        )
+        self._book = book
+        self._begun_ns = 0
+        self.waiting: Call | None = None  # the request that is on its way through a model
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._book.open.add(self)
+        if len(self._book.open) > self._book.limits.max_connections:
+            self.cut(503, f"wanted at most {self._book.limits.max_connections} connections; found one more")
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        self._book.open.discard(self)
+        self._book.arriving.pop(self, None)
+        if self.waiting is not None and self.waiting.future is not None:
+            self.waiting.future.cancel()  # its rows need not be computed
+        super().connection_lost(error)
+
+    def data_received(self, data: bytes) -> None:
+        now = self._book.last_byte_ns = time.monotonic_ns()
+        if not self._begun_ns:
+            self._begun_ns = self._book.arriving[self] = now
+        super().data_received(data)
+
+    def whole(self) -> int:
+        """The request that is handled has arrived; returns when its first byte did (now, if that came with the
+        request before it)."""
+        begun, self._begun_ns = self._begun_ns or time.monotonic_ns(), 0
+        self._book.arriving.pop(self, None)
+        return begun
+
+    @property
+    def stopping(self) -> bool:
+        return self._book.stopping
+
+    def cut(self, status: int, text: str) -> None:
+        """Say why, and close."""
+        self._book.arriving.pop(self, None)
+        if self.transport is not None:
+            refused = refusal(status, text)
+            refused.force_close()
+            self.transport.write(refused.whole())
+        self.force_close()
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        self.whole()
+        if request.writer.output_size > 0:
+            raise ConnectionError("the connection broke in the middle of an answer")
+        refused: Answer = refusal(status, f"the request could not be read: {message or exc or 'no reason was given'}")
+        refused.force_close()
+        return refused

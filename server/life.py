@@ -1,0 +1,66 @@
+"""The life of the server: it listens, serves, and ends in order."""
+
+import asyncio
+import logging
+import signal
+import time
+
+from aiohttp import web
+
+from server.app import Service
+from server.connection import Connection
+from server.log import log
+
+BACKLOG = 1024
+QUIET_S = 1.0
+LOOK_S = 0.02
+LAST_S = 0.5
+
+
+async def serve(service: Service, host: str, port: int, access_log: logging.Logger | None) -> None:
+    """Serve until SIGTERM or SIGINT. Raises OSError when the address cannot be listened on.
+
+    At the first signal the server is not ready, nobody new is let in, and every open connection gets its next answer
+    with `Connection: close`, for `grace` seconds at most, or until nothing is under way and no byte has come for a
+    second. A second signal ends it at once.
+    """
+    loop = asyncio.get_running_loop()
+    book = service.connections
+    grace_s = book.limits.grace
+    body_limit = book.limits.max_body_mib * 2**20
+    # aiohttp's way to a request of its own making; a request has no limit but the default one otherwise
+    server = web.Server(
+        service.handle,
+        request_factory=lambda message, payload, protocol, writer, task: web.BaseRequest(
+            message, payload, protocol, writer, task, loop, client_max_size=body_limit
+        ),
+    )
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def end() -> None:
+        (second if first.is_set() else first).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    listener = await loop.create_server(lambda: Connection(book, server, access_log), host, port, backlog=BACKLOG)
+    sweeping = asyncio.create_task(book.sweep())
+    try:
+        bound = listener.sockets[0].getsockname()
+        log(f"listening on http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}")
+        await first.wait()
+        log("stopping")
+        book.stopping = True
+        await asyncio.sleep(0)  # who is in the backlog is let in
+        listener.close()
+        over = time.monotonic() + grace_s
+        await service.stop_jobs()
+        while book.open and time.monotonic() < over and not second.is_set():
+            if not book.in_flight and time.monotonic_ns() - book.last_byte_ns > QUIET_S * 1e9:
+                break
+            await asyncio.sleep(LOOK_S)
+    finally:
+        sweeping.cancel()
+        listener.close()
+        await server.shutdown(0.0 if second.is_set() else LAST_S)
+        service.stop()
+    log("stopped")

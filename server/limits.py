@@ -1,0 +1,32 @@
+"""What the server grants at most: each limit is a flag with a default."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def _limit(default: float, help: str, least: float = 0) -> Any:
+    return field(default=default, metadata={"help": help, "least": least})
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_batch: int = _limit(64, "rows that may share one call of a model; 1 turns batching off", 1)
+    max_delay_us: int = _limit(0, "microseconds that a request may wait for others to share a call with")
+    max_queue: int = _limit(4096, "rows that may wait for a model; a request beyond them is answered 503", 1)
+    max_body_mib: int = _limit(16, "MiB of a request's body, after decompression", 1)
+    max_headers: int = _limit(128, "header fields of a request", 16)
+    max_header_bytes: int = _limit(8190, "bytes of a request line, and of a header field", 256)
+    max_connections: int = _limit(4096, "open connections; the next one is answered 503 and closed", 1)
+    request_timeout: float = _limit(10, "seconds from a request's first byte to its last; then 408", 0.1)
+    send_timeout: float = _limit(30, "seconds that a client may take to receive an answer", 0.1)
+    idle_timeout: float = _limit(75, "seconds that a connection may be idle", 0.1)
+    model_timeout: float = _limit(60, "seconds that a call of a model may take; then 500", 0.1)
+    grace: float = _limit(10, "seconds after SIGTERM in which open connections get their next answer")
+
+
+def flags() -> dict[str, tuple[type, Any, float, str]]:
+    """For each limit its flag: type, default, least value, help."""
+    return {
+        one.name: (float if one.type is float else int, one.default, one.metadata["least"], one.metadata["help"])
+        for one in fields(Limits)
+    }

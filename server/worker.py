@@ -1,0 +1,68 @@
+"""Calls of a model that must not hold up the event loop, and the end of calls that do not return."""
+
+import contextlib
+import ctypes
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+LOOK_S = 0.25
+
+
+class Overdue(BaseException):
+    """Raised inside a call that takes too long; no Exception, so that a model's own handlers let it pass."""
+
+
+class Worker:
+    """One thread that does one piece of work after the other."""
+
+    def __init__(self, name: str) -> None:
+        self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        # A daemon: a call that never returns must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], object]) -> None:
+        self._work.put(work)
+
+    def abandon(self) -> None:
+        """Leave the thread to itself. What it runs in Python is ended; what it runs in C cannot be."""
+        self._work.put(None)
+        ident = ctypes.c_ulong(self._thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(Overdue))
+
+    def _run(self) -> None:
+        with contextlib.suppress(Overdue):
+            while (work := self._work.get()) is not None:
+                work()
+
+
+class Watch:
+    """Ends a call in the main thread that takes longer than `bound_s`, by a signal, which ends a sleep, too.
+
+    `since_ns` says when the call that runs there began, 0 while there is none.
+    """
+
+    def __init__(self, bound_s: float) -> None:
+        self.since_ns = 0
+        self._bound_ns = int(bound_s * 1e9)
+        signal.signal(signal.SIGUSR2, self._raise)
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+
+    def _late(self) -> bool:
+        since = self.since_ns
+        return since > 0 and time.monotonic_ns() - since > self._bound_ns
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(LOOK_S)
+            if self._late():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self._late():
+            self.since_ns = 0
+            raise Overdue
