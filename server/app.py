@@ -216,8 +216,9 @@ class Service:
             "max_queue": str(self._limits.max_queue),
             "calls_by_rows": orjson.dumps(measured).decode(),
         }
-        parameters = {name: {"string_value": value} for name, value in ours.items()}
-        return answer(protocol.config(found.model) | {"parameters": parameters})
+        told = protocol.config(found.model)
+        told.setdefault("parameters", {}).update({name: {"string_value": value} for name, value in ours.items()})
+        return answer(told)
 
     async def _model_stats(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
         model, named = self._named(parts).model, parts.get("version")

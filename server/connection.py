@@ -75,9 +75,10 @@ class Connection(web.RequestHandler):
         super().connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
-        now = self._book.last_byte_ns = time.monotonic_ns()
-        if not self._begun_ns:
-            self._begun_ns = self._book.arriving[self] = now
+        if data:  # aiohttp calls it with nothing to go on where it had paused
+            now = self._book.last_byte_ns = time.monotonic_ns()
+            if not self._begun_ns:
+                self._begun_ns = self._book.arriving[self] = now
         super().data_received(data)
 
     def whole(self) -> int:

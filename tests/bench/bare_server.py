@@ -3,6 +3,8 @@
 python -m tests.bench.bare_server MODEL PORT
 """
 
+import argparse
+import asyncio
 import sys
 
 import numpy as np
@@ -10,14 +12,17 @@ import orjson
 import uvloop
 from aiohttp import web
 
-from server.catalogue import load
+from server import catalogue
 from server.models.base import Batch
 
 HEADERS = {"Content-Type": "application/json"}
 
 
 def application(name: str) -> web.Application:
-    model = load(name)
+    parser = argparse.ArgumentParser()
+    catalogue.add_arguments(parser.add_argument)
+    chosen = parser.parse_args(["--model", name])
+    (model,) = catalogue.load(chosen.model, chosen)
     wanted = tuple(one.name for one in model.outputs if not one.on_request)
 
     async def infer(request: web.Request) -> web.Response:
@@ -41,8 +46,6 @@ async def main(name: str, port: int) -> None:
     runner = web.AppRunner(application(name), access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()
-    import asyncio
-
     await asyncio.Event().wait()
 
 
