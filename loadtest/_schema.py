@@ -145,6 +145,47 @@ class StartCost(msgspec.Struct, frozen=True):
     first_prediction_ratio: Ratio | None
 
 
+class Part(msgspec.Struct, frozen=True):
+    name: str
+    us: Span
+
+
+class Stages(msgspec.Struct, frozen=True):
+    """Where the time of the requests ranked around a quantile (`band`) goes: `parts` in order, which sum to the total.
+
+    Means over starts. A part that is not known (an unknown server, no stamps of the kernel) is left out, and the
+    residual holds it. `compute_us`: per start.
+    """
+
+    target: str
+    label: str
+    emulated: bool
+    model: str
+    load: str
+    band: str
+    requests: int
+    total_us: Span
+    parts: list[Part]
+    compute_us: list[float]
+
+
+class Price(msgspec.Struct, frozen=True):
+    """added µs = `per_request_us` + `per_compute` × µs of compute, fitted on `fitted`; `points`: (model, compute µs,
+    added µs). `error_us` is what was predicted for the model that is not in the fit, less what was measured."""
+
+    target: str
+    label: str
+    load: str
+    fitted: list[str]
+    compute_source: str
+    points: list[tuple[str, float, Span]]
+    per_request_us: Span
+    per_compute: Span
+    predicted: str | None
+    predicted_us: Span | None
+    error_us: Span | None
+
+
 class Direct(msgspec.Struct, frozen=True):
     """firecracker over docker, the 2023 report's question, where both ran unemulated."""
 
@@ -175,6 +216,8 @@ class Summary(msgspec.Struct, frozen=True):
     cells: list[Cell]
     batch: list[Batch]
     starts: list[StartCost]
+    stages: list[Stages]
+    prices: list[Price]
     direct: Direct | None
     caveats: list[str]
     run_caveats: list[str]

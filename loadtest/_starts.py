@@ -60,6 +60,13 @@ def typical(logs: pd.DataFrame, name: str) -> Span | None:
     return Span(*(math.exp(value) for value in _stats.interval(_stats.location(units.starts))))
 
 
+def levels(logs: pd.DataFrame, name: str) -> dict[int, float]:
+    """The typical quantile of each start, in µs, by restart; those that have none are left out."""
+    by_start = _quads(logs)[name].groupby("restart")
+    found = {int(str(restart)): math.exp(_stats.trimmed(np.array(values, dtype=float))) for restart, values in by_start}
+    return {restart: level for restart, level in found.items() if math.isfinite(level)}
+
+
 def drift(logs: pd.DataFrame, began_ns: int, most: int = 100) -> list[tuple[float, float | None]]:
     """Minutes since `began_ns` and the block's p50 in µs; neighbours are taken together, by their median, where there
     are more than `most`. Blocks without a p50 are left out; one among failures has None."""

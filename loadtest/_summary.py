@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from images.errors import UsageError
-from loadtest import _cells, _folder, _jobs, _starts, _verdict, _words
+from loadtest import _cells, _folder, _jobs, _price, _stages, _starts, _verdict, _words
 from loadtest._cells import Logs
 from loadtest._folder import Folder, Target
 from loadtest._schema import REFERENCE, SCHEMA, Direct, DirectCell, DirectJob, StartCost, Summary
@@ -30,7 +30,9 @@ def summarise(run: Path, baseline: str | None = None, margin: str | None = None)
     targets = [msgspec.structs.replace(target, caveats=_of_target(target)) for target in folder.targets]
     cells = _cells.cells(folder, base, logs, primary, margins)
     batch, differences = _jobs.batch(folder, base)
+    stages, unsound = _stages.stages(folder)
     run_caveats = [*folder.manifest.get("caveats", []), *notes, *folder.gaps, *differences, *_stolen(folder.manifest)]
+    run_caveats += unsound
     if cells:
         dropped = sum(cell.warmup_requests for cell in cells)
         total = dropped + sum(cell.requests for cell in cells)
@@ -46,7 +48,8 @@ def summarise(run: Path, baseline: str | None = None, margin: str | None = None)
         answer=_words.answer(targets, cells, direct, base, primary),
         partial=bool(manifest.get("partial", True)) or bool(folder.gaps), baseline=base,
         allow_difference=folder.plan.allow_difference, targets=targets, cells=cells, batch=batch,
-        starts=_start_costs(targets, base), direct=direct,
+        starts=_start_costs(targets, base),
+        stages=stages, prices=_price.prices(folder, base, logs, stages), direct=direct,
         caveats=list(dict.fromkeys(text for part in parts for text in part)),
         run_caveats=run_caveats, errors=manifest.get("errors", []),
         report_reference=REFERENCE | {"differs": _differs(folder)}, machine=manifest.get("machine", {}),

@@ -38,6 +38,9 @@ def grids(summary: Summary) -> list[Grid]:
         found.append(_job_ratios(f"Batch jobs, over {summary.baseline}, with 95 % intervals", jobs))
     if summary.direct and summary.direct.cells:
         found.append(_direct(summary.direct))
+    found += _stages(summary, emulated=False)
+    if summary.prices:
+        found.append(_prices(summary))
     if summary.starts:
         found.append(_starts(summary))
     if summary.batch:
@@ -47,6 +50,7 @@ def grids(summary: Summary) -> list[Grid]:
     slow = [row for row in summary.batch if row.emulated]
     found += [_serving(f"Serving, {emulated}", cells)] if cells else []
     found += [_jobs(f"Batch jobs, {emulated}", slow)] if slow else []
+    found += _stages(summary, emulated=True)
     if summary.allow_difference:
         found = [grid._replace(title=f"{grid.title} (UNEQUAL TARGETS: --allow-difference)") for grid in found]
     return found
@@ -119,6 +123,78 @@ def _starts(summary: Summary) -> Grid:
     ]
     columns = ("target", "starts", "ready s", "first\nprediction ms", "ready ×", "first\nprediction ×")
     return Grid(f"Starts: median, and ratio to {summary.baseline}", columns, rows, words=1)
+
+
+STAGES = {
+    "client,\nbefore": ("client_queue",),
+    "read,\nparse": ("read", "parse"),
+    "queue,\nbatch": ("queue", "batch"),
+    "compute": ("compute",),
+    "serialise,\nrest": ("serialise", "server_rest"),
+    "residual": ("residual",),
+    "client,\nafter": ("client_receive",),
+}
+
+
+def _stages(summary: Summary, *, emulated: bool) -> list[Grid]:
+    """One table per quantile: µs by stage of the requests ranked around it."""
+    found = []
+    for band, ranks in (("p50", "49 to 51 %"), ("p99", "98.5 to 99.5 %")):
+        rows = []
+        for one in summary.stages:
+            if one.band == band and one.emulated == emulated:
+                us = {part.name: part.us.estimate for part in one.parts}
+                columns = [[us[name] for name in names if name in us] for names in STAGES.values()]
+                shown = [f"{sum(known):,.1f}" if known else NOTHING for known in columns]
+                rows.append((f"{one.model}, {one.load}", one.label, f"{one.total_us.estimate:,.1f}", *shown))
+        notes = [
+            f"mean µs of the requests ranked {ranks}, which sum to the total; read to serialise by the server's own "
+            "clock; client, after: from the kernel's stamp of the first byte to the last byte in the client; residual: "
+            "what is left, network, isolation and the server's write"
+        ]
+        title = f"Where the time goes at {band}, µs" + ", emulated: no figure here says anything" * emulated
+        if rows:
+            found.append(Grid(title, ("model, load", "target", "total", *STAGES), rows, notes))
+    return found
+
+
+def _prices(summary: Summary) -> Grid:
+    """Two numbers to carry to another model, and how well they predict one that they do not know."""
+    rows = []
+    notes = [f"added µs = price of a request + price of compute × µs of compute; over {summary.baseline}"]
+    for price in summary.prices:
+        measured = next((span for model, _, span in price.points if model == price.predicted), None)
+        rows.append(
+            (
+                price.label,
+                _signed(price.per_request_us, 1),
+                _signed(price.per_compute, 3),
+                *(
+                    NOTHING if span is None else _signed(span, 1)
+                    for span in (price.predicted_us, measured, price.error_us)
+                ),
+            )
+        )
+        if price.error_us and price.error_us.low is not None and price.error_us.high is not None:
+            holds = price.error_us.low <= 0 <= price.error_us.high
+            told = "agrees with" if holds else "is not"
+            failed = "" if holds else ": the line fails here"
+            notes.append(
+                f"{price.label}: what the line predicts for {price.predicted} {told} what was measured{failed}"
+            )
+    first = summary.prices[0]
+    notes.append(f"fitted at {first.load} on {', '.join(first.fitted)}; compute is {first.compute_source}")
+    columns = ("target", "µs per request", "µs per µs of compute", "predicted µs", "measured", "error")
+    return Grid(
+        f"The price of isolation: what {first.predicted or 'a model'} should cost", columns, rows, notes, words=1
+    )
+
+
+def _signed(span: Span, decimals: int) -> str:
+    text = f"{span.estimate:+,.{decimals}f}"
+    if span.low is not None and span.high is not None:
+        text += f" ({span.low:+,.{decimals}f} to {span.high:+,.{decimals}f})"
+    return text.replace("-", "−")
 
 
 def _span(span: Span) -> str:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from loadtest import _plan, _samples
 from loadtest._batch import COLUMNS
@@ -14,6 +17,7 @@ from loadtest._samples import FIELDS, OK, BlockWriter, ParquetWriter, Where, tab
 
 BLOCK_NS = 1_000_000_000
 LATENCY_US = 200.0
+STAGES = ("read", "parse", "queue", "batch", "compute", "serialise")
 
 
 def target(name: str, *, kind: str = "process", accel: str | None = None, **more: Any) -> dict[str, Any]:
@@ -94,6 +98,29 @@ def make(
                         "{}",
                     ]
                 )
+    return run
+
+
+def with_stages(
+    run: Path, stages: Mapping[str, Mapping[str, float]], *, residual_us: Mapping[str, float] | None = None,
+    kernel_us: float = 5.0, server: Sequence[str] | None = None,
+) -> Path:  # fmt: skip
+    """Give the samples of `server` (all targets where None) stages in µs, by model, and stamps of the kernel; what is
+    left of the latency goes to the residual, or, where `residual_us` says how much by target, into the latency."""
+    samples = pd.read_parquet(run / "samples.parquet")
+    given = samples["target"].isin(server if server is not None else samples["target"].unique())
+    total = sum(pd.Series(0.0, index=samples.index) + samples["model"].map({m: of.get(name, 0.0) for m, of in stages.items()}).astype(float)
+                for name in STAGES)  # fmt: skip
+    assert not isinstance(total, int)
+    for name in STAGES:
+        us = samples["model"].map({m: of.get(name, 0.0) for m, of in stages.items()}).astype(float)
+        samples[f"server_{name}_ns"] = (us * 1e3).round().astype("Int32").where(given)
+    samples["server_total_ns"] = (total * 1e3).round().astype("Int32").where(given)
+    if residual_us is not None:
+        extra = samples["target"].map(dict(residual_us)).astype(float)
+        samples["received_ns"] = samples["sent_ns"] + ((total + extra + kernel_us) * 1e3).round().astype("Int64")
+    samples["first_byte_ns"] = samples["received_ns"] - round(kernel_us * 1e3)
+    pq.write_table(pa.Table.from_pandas(samples, preserve_index=False), run / "samples.parquet")
     return run
 
 

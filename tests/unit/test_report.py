@@ -15,7 +15,7 @@ from loadtest import _report
 from loadtest._plan import Job, read, save
 from loadtest._summary import summarise
 from loadtest._tables import significant
-from tests.unit.run_folder import make, target
+from tests.unit.run_folder import make, target, with_stages
 
 GOLDEN = Path(__file__).parent / "golden" / "report.md"
 LONG = "a-firecracker-of-a-long-name-31"
@@ -250,3 +250,21 @@ def test_a_report_that_cannot_be_replaced_leaves_no_half_one(tmp_path: Path) -> 
 )  # fmt: skip
 def test_digits_that_mean_something(value: float | None, digits: int, text: str) -> None:
     assert significant(value, digits) == text
+
+
+def test_stages_and_prices_are_tables_of_their_own_and_emulated_ones_apart(tmp_path: Path) -> None:
+    targets = [
+        target("process"),
+        target("docker", kind="docker"),
+        target("qemu", kind="qemu", accel="tcg", label="qemu-tcg"),
+    ]
+    make(tmp_path, targets, models=("null", "knn", "dnn"), restarts=3, rounds=3, per_block=700)
+    server = {"null": {"read": 30.0}, "knn": {"read": 30.0, "compute": 60.0}, "dnn": {"read": 30.0, "compute": 200.0}}
+    with_stages(tmp_path, server, residual_us={"process": 40.0, "docker": 55.0, "qemu": 900.0})
+    text = text_of(tmp_path)
+    assert "| knn, closed-1 | docker | 150.0 | 0.0 | 30.0 | 0.0 | 60.0 | 0.0 | 55.0 | 5.0 |" in text
+    assert "| docker | +15.0 (+15.0 to +15.0) | " in text and "what the line predicts for dnn" in text
+    sections = text.split("\n## ")
+    (emulated,) = (one for one in sections if one.startswith("Where the time goes at p50, µs, emulated"))
+    assert "| qemu-tcg | 9" in emulated and "docker" not in emulated
+    assert "How large a difference to process" in text and "Each target was started 3 times" in text

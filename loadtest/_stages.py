@@ -1,0 +1,168 @@
+"""Where the time of a typical and of a slow request goes: client, server by its stages, and what is left between.
+
+The parts are means over the same requests, those ranked around the quantile, so that they sum to their total. Columns
+may be absent: an unknown server says nothing of its stages, and an older folder has no stamps of the kernel.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from loadtest import _folder, _stats
+from loadtest._folder import Folder, Key
+from loadtest._schema import Part, Span, Stages
+
+BANDS = {"p50": (0.49, 0.51), "p99": (0.985, 0.995)}
+STAGES = ("read", "parse", "queue", "batch", "compute", "serialise")
+SERVER = [f"server_{stage}_ns" for stage in (*STAGES, "total")]
+COLUMNS = ["intended_ns", "sent_ns", "first_byte_ns", "received_ns"]
+CLIENT_SHARE = 0.2
+NAMES = {
+    "client_queue": "client, before it is sent",
+    **{stage: f"server, {stage}" for stage in STAGES},
+    "server_rest": "server, the rest",
+    "client_receive": "client, kernel to user space",
+    "residual": "residual: network, isolation, the server's write",
+}
+Cut = dict[tuple[Key, int], dict[str, tuple[float, float]]]  # (cell, restart) → band → µs from, to
+Means = dict[tuple[Key, str], dict[int, "pd.Series[float]"]]  # (cell, band) → restart → means in µs
+
+
+def stages(folder: Folder) -> tuple[list[Stages], list[str]]:
+    """All cells in the plan's order, and sentences on what does not add up. Empty where no server said its stages."""
+    if not any(SERVER[-1] in names for names in _folder.sample_columns(folder)):
+        return [], []
+    cuts = _cuts(folder)
+    means, negative = _means(folder, cuts)
+    found = []
+    for model in folder.plan.models:
+        for load in folder.plan.loads:
+            for target in folder.targets:
+                for band in BANDS:
+                    of_band = means.get(((target.name, model, load), band))
+                    if of_band:
+                        found.append(_one(target.name, target.label, target.emulated, model, load, band, of_band))
+    return found, [*_negative(negative, folder), *_client(found), *_unlike(found)]
+
+
+def _cuts(folder: Folder) -> Cut:
+    cuts: Cut = {}
+    for key, requests in folder.requests.items():
+        for restart, us in requests.rows.groupby("restart")["us"]:
+            values = us.to_numpy()
+            bands: dict[str, tuple[float, float]] = {}
+            for band, (low, high) in BANDS.items():
+                if len(values) >= _stats.samples_needed(0.5 if band == "p50" else 0.99):
+                    ends = _stats.quantiles(values, [low, high])
+                    if np.isfinite(ends).all():
+                        bands[band] = (ends[0], ends[1])
+            cuts[key, int(str(restart))] = bands
+    return cuts
+
+
+def _means(folder: Folder, cuts: Cut) -> tuple[Means, dict[Key, tuple[int, int]]]:
+    """Means in µs per cell, band and restart; and per cell how many residuals are below 0, of how many requests."""
+    sums: dict[tuple[Key, str, int], pd.DataFrame] = {}
+    negative: dict[Key, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for key, restart, parts in _groups(folder):
+        known = parts["residual"].notna()
+        below, seen = negative[key]
+        negative[key] = below + int((parts["residual"] < 0).sum()), seen + int(known.sum())
+        for band, (low, high) in cuts.get((key, restart), {}).items():
+            chosen = parts[(parts["total"] >= low) & (parts["total"] <= high)]
+            if len(chosen):
+                counted = pd.DataFrame({"sum": chosen.sum(min_count=len(chosen)), "n": float(len(chosen))})
+                before = sums.get((key, band, restart))
+                sums[key, band, restart] = counted if before is None else before + counted
+    means: Means = defaultdict(dict)
+    for (key, band, restart), both in sums.items():
+        means[key, band][restart] = pd.concat([both["sum"] / both["n"], pd.Series({"requests": both["n"].iloc[0]})])
+    return means, dict(negative)
+
+
+def _groups(folder: Folder) -> Iterator[tuple[Key, int, pd.DataFrame]]:
+    """The answered requests that are not warm-up, piece by piece, as parts in µs; NaN where a part is not known."""
+    wanted = ["restart", "target", "model", "load", "outcome", "warmup", *COLUMNS, *SERVER]
+    for frame in _folder.samples(folder, wanted):
+        good = frame[(frame["outcome"] == "ok") & ~frame["warmup"]]
+        for (target, model, load, restart), part in good.groupby(["target", "model", "load", "restart"], observed=True):
+            yield (str(target), str(model), str(load)), int(str(restart)), _parts(part)
+
+
+def _parts(part: pd.DataFrame) -> pd.DataFrame:
+    def us(name: str) -> "pd.Series[float]":
+        return part[name].astype(float) / 1e3 if name in part else pd.Series(np.nan, index=part.index)
+
+    # Differences of whole ns first: these clocks are too large for a float to hold a tenth of a µs.
+    whole = {name: part[name] - part["intended_ns"] for name in COLUMNS if name in part}
+    since = {name: values.astype(float) / 1e3 for name, values in whole.items()}
+    nothing = pd.Series(np.nan, index=part.index)
+    total, sent, first = since["received_ns"], since["sent_ns"], since.get("first_byte_ns", nothing)
+    server = us(SERVER[-1])
+    parts = {"total": total, "client_queue": sent} | {stage: us(f"server_{stage}_ns") for stage in STAGES}
+    parts["server_rest"] = server - pd.DataFrame({stage: parts[stage] for stage in STAGES}).sum(axis=1)
+    parts["client_receive"] = total - first
+    parts["residual"] = total - sent - server - parts["client_receive"].fillna(0.0)
+    return pd.DataFrame(parts)
+
+
+def _one(
+    target: str, label: str, emulated: bool, model: str, load: str, band: str, means: dict[int, "pd.Series[float]"]
+) -> Stages:
+    frame = pd.DataFrame(means).T
+    return Stages(
+        target=target, label=label, emulated=emulated, model=model, load=load, band=band,
+        requests=int(frame["requests"].sum()), total_us=_span(frame["total"]),
+        parts=[Part(name, _span(frame[name])) for name in NAMES if frame[name].notna().all()],
+        compute_us=frame["compute"].tolist() if frame["compute"].notna().all() else [],
+    )  # fmt: skip
+
+
+def _span(values: "pd.Series[float]") -> Span:
+    if len(values) < _stats.MIN_PAIRS:
+        return Span(float(values.mean()))
+    return Span(*_stats.interval(_stats.location(np.array(values, dtype=float))))
+
+
+def _negative(counts: dict[Key, tuple[int, int]], folder: Folder) -> list[str]:
+    labels = {target.name: target.label for target in folder.targets}
+    return [
+        f"{labels[target]}, {model}, {load}: in {below:,} of {seen:,} requests the server says that it took longer "
+        "than the client saw, so the two clocks disagree"
+        for (target, model, load), (below, seen) in counts.items()
+        if below
+    ]
+
+
+def _client(found: list[Stages]) -> list[str]:
+    """Where the load client itself is more than a fifth of a p50: it draws ratios towards 1."""
+    large = []
+    for one in found:
+        parts = {part.name: part.us.estimate for part in one.parts}
+        share = (parts.get("client_queue", 0.0) + parts.get("client_receive", 0.0)) / one.total_us.estimate
+        if one.band == "p50" and share > CLIENT_SHARE:
+            large.append(f"{one.label}, {one.model}, {one.load} ({share:.0%})")
+    return [f"the load client's own share is above {CLIENT_SHARE:.0%} of p50: {'; '.join(large)}"] if large else []
+
+
+def _unlike(found: list[Stages]) -> list[str]:
+    """What lies between the two ends should not depend on the model, but for the size of what is sent."""
+    by_key: dict[Any, Span] = {}
+    for one in found:
+        residual = next((part.us for part in one.parts if part.name == "residual"), None)
+        if residual is not None and one.band == "p50":
+            by_key[one.label, one.model, one.load] = residual
+    sentences = []
+    for (label, model, load), span in by_key.items():
+        null = by_key.get((label, "null", load))
+        if model != "null" and null and span.low is not None and span.high is not None:
+            assert null.low is not None and null.high is not None
+            if span.low > null.high or span.high < null.low:
+                sentences.append(
+                    f"{label}, {model}, {load}: the residual is {span.estimate:.1f} µs, that of null "
+                    f"{null.estimate:.1f}: their intervals do not meet"
+                )
+    return sentences
