@@ -24,6 +24,7 @@ POLL_S = 0.02
 TAIL_LINES = 15
 IDENTITY_TIMEOUT_S = 120.0
 ATTEMPT_S = 2.0
+FIRST_VALUES = 10**6  # in the first infer request: a server that wants more is an odd one
 
 
 class DeathError(TargetError):
@@ -204,10 +205,12 @@ class Lifecycle(ABC):
                 return None
             tensor = json.loads(meta)["inputs"][0]
             shape = [1 if size == -1 else size for size in tensor["shape"]]
+            if math.prod(shape) > FIRST_VALUES:
+                return None
             body = {"inputs": [tensor | {"shape": shape, "data": [0.0] * math.prod(shape)}]}
             start = time.monotonic()
             status, _ = get(url, f"/v2/models/{name}/infer", timeout_s=IDENTITY_TIMEOUT_S, body=json.dumps(body))
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError):
             return None
         except (OSError, http.client.HTTPException) as error:
             raise TargetError(f"{self.spec.name} answered, but not its first infer request: {error}") from error
@@ -241,7 +244,7 @@ def identity(url: str) -> dict[str, Any] | None:
     try:
         status, body = get(url, "/identity", timeout_s=IDENTITY_TIMEOUT_S)
         found = json.loads(body) if status == 200 else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     except (OSError, http.client.HTTPException) as error:
         raise TargetError(f"{url}/identity broke off: {error}") from error

@@ -1,8 +1,8 @@
 """The few plain HTTP calls of the run itself (parity, batch jobs); load goes through the engine."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import requests
 
@@ -29,7 +29,7 @@ def call(
         value = answer.json()
     except requests.Timeout:
         raise
-    except (requests.RequestException, ValueError) as error:
+    except (requests.RequestException, ValueError, RecursionError) as error:
         raise TargetError(f"{endpoint.label}: {method} {path} got no JSON answer: {error}") from error
     if answer.status_code >= 400:
         found = value.get("error", value) if isinstance(value, dict) else value
@@ -40,18 +40,39 @@ def call(
 def infer(
     http: requests.Session, endpoint: Endpoint, model: str, rows: np.ndarray[Any, Any], *, timeout_s: float
 ) -> Outputs:
-    """Every output of `model` for `rows` (n, d), in the order asked, asked for `INFER_ROWS` at a time."""
+    """Every output of `model` for `rows` (n, d), in the order asked, asked for `INFER_ROWS` at a time.
+
+    Raises TargetError where an answer is none of the Open Inference Protocol.
+    """
     parts: list[Outputs] = []
-    for start in range(0, len(rows), INFER_ROWS):
-        batch = rows[start : start + INFER_ROWS]
-        tensor = {"name": "x", "shape": list(batch.shape), "datatype": "FP32", "data": batch.ravel().tolist()}
-        answer = call(
-            http, endpoint, "POST", f"/v2/models/{model}/infer", timeout_s=timeout_s, body={"inputs": [tensor]}
-        )
-        parts.append({output["name"]: _array(output) for output in answer["outputs"]})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    path = f"/v2/models/{model}/infer"
+    try:
+        for start in range(0, len(rows), INFER_ROWS):
+            batch = rows[start : start + INFER_ROWS]
+            tensor = {"name": "x", "shape": list(batch.shape), "datatype": "FP32", "data": batch.ravel().tolist()}
+            answer = call(http, endpoint, "POST", path, timeout_s=timeout_s, body={"inputs": [tensor]})
+            parts.append({output.name: _array(output) for output in msgspec.convert(answer, _Answer).outputs})
+        names = set.intersection(*map(set, parts))
+        return {name: np.concatenate([part[name] for part in parts]) for name in sorted(names)}
+    except (ValueError, OverflowError) as error:  # of NumPy, and msgspec.ValidationError
+        raise TargetError(
+            f"{endpoint.label}: POST {path} was answered with JSON that is not the Open Inference Protocol's: {error}"
+        ) from error
 
 
-def _array(output: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-    shape: Sequence[int] = output["shape"]
-    return np.asarray(output["data"]).reshape(shape)
+class _Output(msgspec.Struct):
+    name: str
+    shape: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=2**31)]], msgspec.Meta(min_length=1)]
+    data: list[Any]
+
+
+class _Answer(msgspec.Struct):
+    outputs: Annotated[list[_Output], msgspec.Meta(min_length=1)]
+
+
+def _array(output: _Output) -> np.ndarray[Any, Any]:
+    """Raises ValueError, OverflowError for what is no tensor of numbers, truth values or texts."""
+    array = np.asarray(output.data)
+    if array.dtype.kind not in "biufU":
+        raise ValueError(f"the output {output.name!r} holds what is neither number, truth value nor text")
+    return array.reshape(output.shape)
