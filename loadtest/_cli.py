@@ -178,7 +178,7 @@ def run(plan: Path | None, quick: bool, targets: Sequence[str], out: Path, gates
     chosen = _keep.choose(_plan.read(plan, quick=quick), targets, flags, _step)
     command = ["isolatency", *sys.argv[1:]]
     with _Display() as show:
-        path, code = _run.run(chosen, out, command=command, show=_run.Show(show.step, show.progress))
+        path, code = _run.run(chosen, out, command=command, show=_run.Show(_say, show.step, show.progress))
     if path is not None:
         if (path / "summary.json").exists():
             summary = _report.summarise(path)
@@ -189,7 +189,7 @@ def run(plan: Path | None, quick: bool, targets: Sequence[str], out: Path, gates
 
 
 class _Display:
-    """Progress on stderr: a bar on a terminal, a line per step elsewhere."""
+    """Progress on stderr: a bar on a terminal, below the lines that stay; a line per step elsewhere."""
 
     def __enter__(self) -> "_Display":
         self._bar: Progress | None = None
@@ -218,6 +218,10 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _say(text: str) -> None:
+    errors.print(escape(text))
 
 
 def _step(text: str) -> None:

@@ -44,8 +44,6 @@ def drive(
     """
     emulated = live[0].endpoint.emulated
     plan_file, endpoints_file = folder / f"plan-{phase}.json", folder / f"endpoints-{phase}.json"
-    plan_file.write_bytes(msgspec.json.encode(plan.for_engine(phase, emulated)))
-    endpoints_file.write_bytes(msgspec.json.encode({"targets": [_endpoint(one) for one in live]}))
     entry, marked = ledger.mark("locust")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LOCUST_")} | marked
     argv: list[str | Path] = [
@@ -53,15 +51,19 @@ def drive(
         "--plan", plan_file, "--endpoints", endpoints_file, "--out", folder,
     ]  # fmt: skip
     log = folder / "logs" / f"locust-{phase}.log"
-    with log.open("wb") as errors:
-        process = shell.spawn(argv, env=environment, stdout=subprocess.PIPE, stderr=errors, cwd=folder / "logs")
+    try:
+        plan_file.write_bytes(msgspec.json.encode(plan.for_engine(phase, emulated)))
+        endpoints_file.write_bytes(msgspec.json.encode({"targets": [_endpoint(one) for one in live]}))
+        with log.open("wb") as errors:
+            process = shell.spawn(argv, env=environment, stdout=subprocess.PIPE, stderr=errors, cwd=folder / "logs")
         try:
             return _watch(process, live, bound_s, progress, log)
         finally:
             _end(process)
-            ledger.remove(entry)
-            plan_file.unlink()
-            endpoints_file.unlink()
+    finally:
+        ledger.remove(entry)
+        plan_file.unlink(missing_ok=True)
+        endpoints_file.unlink(missing_ok=True)
 
 
 def _endpoint(one: Live) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def choose(plan: Plan, targets: Sequence[str], flags: Mapping[str, Any], say: Sa
     given = {key: value for key, value in flags.items() if value is not None and value is not False and value != ()}
     if "models" in given:
         given["models"] = tuple(dict.fromkeys(_models.name(word) for word in given["models"]))
-    if given.get("seconds") and plan.warmup_s >= given["seconds"]:
+    if "seconds" in given and plan.warmup_s >= given["seconds"]:
         given["warmup_s"] = given["seconds"] / 4
     if targets:
         given["targets"] = tuple(_plan.parse_target(text) for text in targets)

@@ -50,6 +50,35 @@ def ask(endpoint: Endpoint, spec: Spec, models: Sequence[str], timeout_s: float)
     return Facts(endpoint, spec, outputs)
 
 
+class Parity:
+    """Compares each target of a run with the first one whose tree can be checked, until there is one with the first."""
+
+    def __init__(self) -> None:
+        self._reference: Facts | None = None
+        self._seen = 0
+
+    def check(self, facts: Facts) -> Comparison:
+        self._seen += 1
+        found = compare(self._reference or facts, facts)
+        if self._reference is None or (_checkable(facts) and not _checkable(self._reference)):
+            self._reference = facts
+        return found
+
+    def unchecked(self) -> list[str]:
+        """A sentence where several targets ran, and no two trees could be compared for their own parts."""
+        if self._seen < 2 or self._reference is None or not _own_parts(self._reference):
+            return []
+        return ["no digest was compared: every target has an image, kernel or binary of its own, or is unknown"]
+
+
+def _own_parts(facts: Facts) -> list[str]:
+    return [part for part in OWN_PARTS if part in facts.spec.options]
+
+
+def _checkable(facts: Facts) -> bool:
+    return facts.endpoint.identity is not None and not _own_parts(facts)
+
+
 def compare(reference: Facts, other: Facts) -> Comparison:
     """What differs between two targets. A url target without our identity is compared by its answers alone."""
     found = Comparison()
@@ -70,9 +99,10 @@ def compare(reference: Facts, other: Facts) -> Comparison:
 def _compare_identity(reference: Facts, other: Facts, found: Comparison) -> None:
     one, two = reference.endpoint, other.endpoint
     assert one.identity is not None and two.identity is not None
-    own = [f"{part} of its own" for part in OWN_PARTS if part in other.spec.options]
-    if own:
+    if own := [f"{part} of its own" for part in _own_parts(other)]:
         found.caveats.append(f"{two.label}: {', '.join(own)}; the digest check does not apply to it")
+    elif _own_parts(reference):
+        pass  # which was said of the reference
     elif other.spec.kind == "url" and not one.identity.get("tree_sha256") and not two.identity.get("tree_sha256"):
         found.caveats.append(f"{two.label}: a server outside of any tree; what it runs is not known to be the same")
     elif one.identity.get("tree_sha256") != two.identity.get("tree_sha256") or not one.identity.get("tree_sha256"):
@@ -98,7 +128,7 @@ def _compare_answers(model: str, reference: Facts, other: Facts, found: Comparis
         got = other.outputs[model].get(name)
         if got is None or got.shape != expected.shape:
             found.differences.append(f"{model}: {one} gives {name} of shape {expected.shape}, {two} does not")
-        elif expected.dtype.kind == "f":
+        elif "f" in (kinds := expected.dtype.kind + got.dtype.kind) and "U" not in kinds:
             worst = float(np.abs(expected - got).max(initial=0.0))
             if not worst <= PROBABILITY_TOLERANCE:
                 found.differences.append(f"{model}: {name} of {one} and {two} differ by up to {worst:.2g}")

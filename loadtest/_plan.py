@@ -284,6 +284,8 @@ def _validate_values(plan: Plan) -> None:
         raise UsageError(f"margin is {plan.margin!r}; wanted a share, or two for p50 and p99: 2%,5%")
     if plan.only not in ("", "batch", "load"):
         raise UsageError(f"only is {plan.only!r}; wanted batch or load")
+    if not 0 <= plan.seed < 2**63:
+        raise UsageError(f"seed is {plan.seed}; wanted a whole number from 0 to 2**63 - 1")
     counts = {"rows": plan.rows, "threads": plan.threads}
     for job in plan.jobs:
         counts |= {f"{job.job}.{key}": getattr(job, key) for key in ("repeats", "rows", "epochs", "emulated_rows")}

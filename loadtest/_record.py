@@ -1,7 +1,8 @@
 """The run folder while a run goes on: what was found is on disk at every moment, marked partial until the end."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import psutil
 
 from images.errors import IsolatencyError, NotComparableError
 from images.store import Images
-from loadtest import _manifest, _samples
+from loadtest import _manifest, _plan, _samples
 from loadtest._batch import Live
 from loadtest._parity import Comparison, Facts
 from loadtest._plan import Plan
 
+RESERVED = 2**20  # bytes kept free for the end of a run: the manifest and the report of a disk that is full by then
+
 
 class Record:
-    """Writes targets.json and manifest.json; `close` joins the phases' samples and blocks into one file each."""
+    """Writes targets.json and manifest.json; `close` joins the phases' samples and blocks into one file each.
+
+    Raises OSError where the folder cannot take what a run needs at least. `say` is told every error.
+    """
 
     def __init__(
         self,
@@ -27,6 +33,7 @@ class Record:
         cores: Sequence[int],
         client_cores: Sequence[int],
         images: Images | None,
+        say: Callable[[str], None],
     ) -> None:
         self.path = path
         self.client_cores = tuple(client_cores)
@@ -38,17 +45,28 @@ class Record:
         self._cores = tuple(cores)
         self._targets: list[dict[str, Any]] = []
         self._manifest = _manifest.begin(command=command, seed=plan.seed, images=images, client_cores=client_cores)
+        self._say = say
         if images is not None and images.loaded:
             self.caveats.append("the images were loaded (images load), not built from this checkout")
+        self._reserve = path / ".reserve"
+        with self._reserve.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, RESERVED)
+        _plan.save(plan, path / "plan.toml")
+        self.save()
 
     def error(self, error: IsolatencyError, *, partial: bool = True) -> None:
-        """Note an error; `partial` says that something was not measured because of it."""
+        """Note and say an error; `partial` says that something was not measured because of it.
+
+        Never raises: a full disk cannot take the note, and `close` then does, in the space that was reserved.
+        """
         self.errors.append(str(error))
         self.incomplete = self.incomplete or partial
-        if error.detail:
-            with (self.path / "logs" / "errors.log").open("a") as file:
-                file.write(f"{error}\n{error.detail}\n\n")
-        self.save()
+        self._say(f"error: {error}")
+        with contextlib.suppress(OSError):
+            if error.detail:
+                with (self.path / "logs" / "errors.log").open("a") as file:
+                    file.write(f"{error}\n{error.detail}\n\n")
+            self.save()
 
     def target(self, one: Live, facts: Facts, parity: Comparison) -> None:
         """Note a target that answered. Raises NotComparableError where it differs and the plan does not allow it."""
@@ -101,20 +119,19 @@ class Record:
         _write(self.path / "manifest.json", values)
 
     def close(self) -> None:
-        """Join the phases' files, note the end. Raises IsolatencyError where the disk is full: then the phases' files
-        stay as they are, and the report reads those."""
+        """Join the phases' files, note the end. Where the disk is full, the phases' files stay as they are, which the
+        report reads too, and that is noted as an error. Raises OSError where not even the manifest can be written."""
         try:
             self.caveats += _samples.join(self.path)
         except IsolatencyError as error:
-            self.errors.append(str(error))
             self.partial = True
-            raise
-        finally:
-            self._manifest |= _manifest.end()
-            self.save()
+            self.error(error)
+        self._reserve.unlink(missing_ok=True)
+        self._manifest |= _manifest.end()
+        self.save()
 
     def measured(self) -> bool:
-        return any((self.path / name).exists() for name in ("samples.parquet", "batch.csv"))
+        return any(any(self.path.glob(name)) for name in ("samples*.parquet", "batch.csv"))
 
 
 def _write(path: Path, value: Any) -> None:

@@ -1,7 +1,9 @@
 """The pipeline of a run, top to bottom: targets up, parity, load, batch, targets down, run folder, report."""
 
+import errno
 import os
 import secrets
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -22,13 +24,15 @@ from images.errors import IsolatencyError, NotComparableError
 from loadtest import _batch, _calibrate, _parity, _report
 from loadtest._batch import Live
 from loadtest._drive import drive
-from loadtest._plan import Machine, Plan, save, validate
+from loadtest._plan import Machine, Plan, validate
 from loadtest._record import Record
 
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SPARE_MIB = 1024  # what the host itself and the load client keep
 NESTED_MIB = 2048  # the emulated host around a nested Firecracker
 START_S = {"process": 2, "docker": 3, "uml": 4, "qemu": 10, "firecracker": 30, "url": 1}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+NATIVE = "_native"  # a phase names its files, and no target's name begins so
 SLOW_S = {"knn": 5, "dnn": 5}  # an emulated batch job, very roughly; said as "about"
 
 
@@ -41,12 +45,13 @@ class Phase:
     emulated: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Show:
-    """What the run tells while it goes: a line for a step, and the share done of the load."""
+    """What the run tells: lines that stay (`say`), what it does just now (`step`), and the share done of the load."""
 
-    step: Callable[[str], None] = lambda text: None
-    progress: Callable[[float, float], None] = lambda done, total: None
+    say: Callable[[str], None]
+    step: Callable[[str], None]
+    progress: Callable[[float, float], None]
 
 
 def machine() -> Machine:
@@ -67,7 +72,7 @@ def phases(plan: Plan, kvm_boots: bool) -> list[Phase]:
     """Emulated targets load the machine even when idle, so each is measured by itself, after the others are down."""
     emulated = [spec for spec in plan.specs() if KINDS[spec.kind].emulated(spec, kvm_boots)]
     native = tuple(spec for spec in plan.specs() if spec not in emulated)
-    found = [Phase("native", native, False)] if native else []
+    found = [Phase(NATIVE, native, False)] if native else []
     return found + [Phase(spec.name, (spec,), True) for spec in emulated]
 
 
@@ -81,6 +86,13 @@ def estimate_s(plan: Plan, phase: Phase) -> float:
             cost = 0.7 * job.rows / 569 if job.job == "knn" else 0.0008 * job.rows * job.epochs
             batch += SLOW_S[job.job] if phase.emulated else (cost + 0.5) * job.repeats
     return sum(START_S[spec.kind] + load + batch for spec in phase.specs)
+
+
+def about(seconds: float) -> str:
+    """A time in words, no finer than an estimate is."""
+    if seconds < 90:
+        return f"about {max(round(seconds, -1), 10):.0f} seconds"
+    return f"about {seconds / 60:.0f} minutes"
 
 
 def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[Path | None, int]:
@@ -103,8 +115,7 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
         todo = phases(plan, settle_kvm(own, ledger))
         for phase in todo:
             _check_memory(phase, here)
-        total = sum(estimate_s(plan, phase) for phase in todo)
-        show.step(f"{len(plan.targets)} targets, about {max(total / 60, 0.5):.1g} minutes")
+        show.say(f"{len(plan.targets)} targets, {about(sum(estimate_s(plan, phase) for phase in todo))}")
         context = Context(ledger, images, cores, (), out, plan.boot_timeout_s or None, plan.internet)
         if own and "work" in plan.models and not (plan.work_iterations or dry):
             show.step(f"counting how many iterations of work take {plan.work_us:g} µs")
@@ -115,7 +126,7 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
         if dry:
             _dry_run(todo, context)
             return None, 0
-        record = Record(_new_folder(out), plan, command, cores, client, images)
+        record = _begin(out, lambda path: Record(path, plan, command, cores, client, images, show.say))
         record.caveats += [shared] * bool(shared)
         with on_cores(client):
             return record.path, _run_phases(plan, todo, replace(context, logs=record.path / "logs"), record, show)
@@ -150,52 +161,70 @@ def dry_run_target(spec: Spec, context: Context) -> None:
         shell.say(f"use {spec.name}, then take it down:")
 
 
-def _new_folder(out: Path) -> Path:
+def _begin(out: Path, record: Callable[[Path], Record]) -> Record:
+    """The record in a run folder of its own. Raises IsolatencyError where that cannot be made, with nothing left."""
     path = out / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
     try:
         (path / "logs").mkdir(parents=True)
+        return record(path)
     except OSError as error:
-        raise IsolatencyError(f"the run folder {path} could not be made: {error.strerror}; choose --out") from error
-    return path
+        shutil.rmtree(path, ignore_errors=True)
+        remedy = "free some space, or choose another --out" if error.errno in FULL else "choose another --out"
+        raise IsolatencyError(f"the run folder {path} could not be made: {error.strerror}; {remedy}") from error
 
 
 def _run_phases(plan: Plan, todo: Sequence[Phase], context: Context, record: Record, show: Show) -> int:
     code = 0
-    save(plan, record.path / "plan.toml")
-    record.save()
-    reference: _parity.Facts | None = None
+    parity = _parity.Parity()
     try:
         for phase in todo:
             try:
-                reference = _run_phase(plan, phase, context, record, reference, show)
+                _run_phase(plan, phase, context, record, parity, show)
             except NotComparableError:
                 raise
             except IsolatencyError as error:
                 record.error(error)
-                show.step(f"error: {error}")
+        record.caveats += parity.unchecked()
         code = 1 if record.errors else 0
         record.partial = record.incomplete
     except KeyboardInterrupt:
-        record.errors.append("interrupted; what was measured until then is kept")
+        record.error(IsolatencyError("interrupted; what was measured until then is kept"))
         code = 130
     except IsolatencyError as error:
         record.error(error)
-        show.step(f"error: {error}")
         code = error.exit_code
-    record.close()
-    if record.measured():
-        _report.write(record.path)
-        _point_latest(record.path)
-    return code
+    except OSError as error:
+        record.error(_unwritten(error, record.path))
+        code = 1
+    ended = _finish(record)
+    return code or ended
 
 
-def _run_phase(
-    plan: Plan, phase: Phase, context: Context, record: Record, reference: _parity.Facts | None, show: Show
-) -> _parity.Facts | None:
-    """One phase; returns the parity reference, which is the first target of the run that came up."""
+def _finish(record: Record) -> int:
+    """Close the record and write the report of what was measured; 1 where that met an error."""
+    before = len(record.errors)
+    try:
+        record.close()
+        if record.measured():
+            _report.write(record.path)
+            _point_latest(record.path)
+    except IsolatencyError as error:
+        record.error(error)
+    except OSError as error:
+        record.error(_unwritten(error, record.path))
+    return int(len(record.errors) > before)
+
+
+def _unwritten(error: OSError, folder: Path) -> IsolatencyError:
+    """A full disk, for one: what stands in the folder can be reported once there is room again."""
+    remedy = "free some space, then " * (error.errno in FULL) + f"`isolatency report {folder}` tells what was kept"
+    return IsolatencyError(f"could not write {error.filename or folder}: {error.strerror or error}; {remedy}")
+
+
+def _run_phase(plan: Plan, phase: Phase, context: Context, record: Record, parity: _parity.Parity, show: Show) -> None:
     with ExitStack() as stack:
         try:
-            return _measure(plan, phase, context, record, reference, show, stack)
+            _measure(plan, phase, context, record, parity, show, stack)
         except KeyboardInterrupt:
             # Nothing is asked nicely now: all goes at once, before the targets are taken down in their own way.
             context.ledger.remove_all()
@@ -203,9 +232,8 @@ def _run_phase(
 
 
 def _measure(
-    plan: Plan, phase: Phase, context: Context, record: Record, reference: _parity.Facts | None, show: Show,
-    stack: ExitStack,
-) -> _parity.Facts | None:  # fmt: skip
+    plan: Plan, phase: Phase, context: Context, record: Record, parity: _parity.Parity, show: Show, stack: ExitStack
+) -> None:
     live: list[Live] = []
     for spec in phase.specs:
         show.step(f"starting {spec.name}")
@@ -214,15 +242,18 @@ def _measure(
             live.append(Live(target, stack.enter_context(target)))
         except IsolatencyError as error:
             record.error(error)
-            show.step(f"error: {error}")
-    if not live:
-        return reference
     timeout_s = float(plan.for_engine(phase.name, phase.emulated)["request_timeout_s"])
-    for one in live:
+    for one in list(live):
         show.step(f"comparing the answers of {one.endpoint.label}")
-        facts = _parity.ask(one.endpoint, one.target.spec, plan.models, timeout_s)
-        reference = reference or facts
-        record.target(one, facts, _parity.compare(reference, facts))
+        try:
+            facts = _ask(one, plan.models, timeout_s)
+        except IsolatencyError as error:
+            record.error(error)
+            live.remove(one)
+        else:
+            record.target(one, facts, parity.check(facts))
+    if not live:
+        return
     if plan.only != "batch":
         show.step(f"load on {', '.join(one.endpoint.label for one in live)}")
         bound_s = 120 + 5 * estimate_s(plan, phase)
@@ -239,7 +270,14 @@ def _measure(
         if with_jobs:
             _batch.run_jobs(plan, with_jobs, record.path / "batch.csv", show.step)
     show.step(f"taking down {', '.join(one.endpoint.label for one in live)}")
-    return reference
+
+
+def _ask(one: Live, models: Sequence[str], timeout_s: float) -> _parity.Facts:
+    try:
+        return _parity.ask(one.endpoint, one.target.spec, models, timeout_s)
+    except IsolatencyError:
+        one.target.check()  # that it has ended says more
+        raise
 
 
 @contextmanager

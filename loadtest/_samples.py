@@ -4,11 +4,12 @@ All `_ns` columns are CLOCK_MONOTONIC of the machine that sent the requests. A f
 `outcome` other than "ok" and no `received_ns`. `pandas.read_parquet` is enough to read the file.
 """
 
+import contextlib
 import csv
 import errno
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -261,7 +262,8 @@ def join(run: Path) -> list[str]:
     """Make samples.parquet and blocks.csv of the phases' samples-PHASE.parquet and blocks-PHASE.csv, and remove those.
 
     Row groups are copied one by one, so that memory does not grow. A part that cannot be read (its writer was killed)
-    stays where it is; the sentences returned name it. Nothing is written where there are no parts.
+    stays where it is; the sentences returned name it. Nothing is written where there are no parts. Raises
+    IsolatencyError where the whole cannot be written; the parts stay then.
     """
     sentences: list[str] = []
     parts: list[tuple[Path, pq.ParquetFile]] = []
@@ -271,23 +273,43 @@ def join(run: Path) -> list[str]:
         except (OSError, pa.ArrowException) as error:
             sentences.append(f"{path.name} could not be read and is left as it is: {error}")
     if parts:
-        writer = ParquetWriter(run / "samples.parquet")
-        for _, part in parts:
-            for group in range(part.num_row_groups):
-                writer.add(part.read_row_group(group).cast(SCHEMA))
-        writer.close(partial=any(is_partial(path) for path, _ in parts))
+        with _whole(run / "samples.parquet") as fresh, contextlib.closing(ParquetWriter(fresh)) as writer:
+            for _, part in parts:
+                for group in range(part.num_row_groups):
+                    writer.add(part.read_row_group(group).cast(SCHEMA))
+            writer.close(partial=any(is_partial(path) for path, _ in parts))
         for path, part in parts:
             part.close()
             path.unlink()
     blocks = sorted(run.glob("blocks-*.csv"))
     if blocks:
-        with _naming(run / "blocks.csv"), (run / "blocks.csv").open("w") as out:
+        with _whole(run / "blocks.csv") as fresh, fresh.open("w") as out:
             out.write(",".join(BLOCK_COLUMNS) + "\n")
             for path in blocks:
                 out.writelines(path.read_text().splitlines(keepends=True)[1:])
         for path in blocks:
             path.unlink()
     return sentences
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` once all is written: half a file never has its name.
+
+    Raises IsolatencyError where it cannot be written; the phases' files are still there then.
+    """
+    fresh = path.with_name(path.name + ".part")
+    try:
+        yield fresh
+        fresh.replace(path)
+    except (OSError, IsolatencyError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
+        raise IsolatencyError(
+            f"could not write {path}: {reason}; the phases' own files stay, and the report reads those: free some space"
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def is_partial(path: Path) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from hostsetup.target import Endpoint, Spec
-from loadtest._parity import Facts, compare
+from loadtest._parity import Facts, Parity, compare
 
 SAME: dict[str, Any] = {"schema": 1, "tree_sha256": "aa", "blas_kernel": "Zen", "blas_threads": 1}
 OUTPUTS = {
@@ -90,3 +90,47 @@ def test_what_a_target_was_told_for_itself_is_said_and_its_answers_are_still_com
     assert "b: its server was told spin_us=210.0" in compare(facts("a", SAME), other).caveats[0]
     wrong = facts("b", SAME, outputs=dict(OUTPUTS, knn={"label": np.array([0, 1, 0])}), spin_us=210.0)
     assert len(compare(facts("a", SAME), wrong).differences) == 1
+
+
+def checked(*several: Facts) -> tuple[list[str], list[str], list[str]]:
+    parity = Parity()
+    found = [parity.check(facts) for facts in several]
+    differences = [line for one in found for line in one.differences]
+    return differences, [line for one in found for line in one.caveats], parity.unchecked()
+
+
+def test_a_binary_of_its_own_exempts_the_first_target_too() -> None:
+    own = facts("a", SAME | {"tree_sha256": "bb"}, binary="/b")
+    differences, caveats, unchecked = checked(own, facts("b", SAME), facts("c", SAME))
+    assert (differences, unchecked) == ([], [])
+    assert caveats == ["a: binary of its own; the digest check does not apply to it"]
+    differences, _, _ = checked(own, facts("b", SAME), facts("c", SAME | {"tree_sha256": "cc"}))
+    assert differences == ["tree sha256: b has aa, c has cc"]
+
+
+def test_the_answers_of_the_first_target_are_compared_whatever_it_is() -> None:
+    other = dict(OUTPUTS, knn={"label": np.array([0, 1, 0])})
+    for first in (facts("a", SAME, outputs=other, kernel="/k"), facts("a", None, outputs=other)):
+        assert checked(first, facts("b", SAME))[0] == ["knn: 1 of 3 values of label differ between a and b"]
+
+
+def test_after_an_unknown_server_the_others_are_compared_with_each_other() -> None:
+    assert checked(facts("prod", None), facts("b", SAME), facts("c", SAME | {"blas_threads": 2}))[0] == [
+        "BLAS threads: b has 1, c has 2"
+    ]
+
+
+def test_that_no_digest_was_compared_is_said() -> None:
+    assert "no digest was compared" in checked(facts("a", SAME, image="x"), facts("b", SAME, image="y"))[2][0]
+    assert checked(facts("a", SAME, image="x"))[2] == []
+    assert checked(facts("a", SAME), facts("b", SAME, image="y"))[2] == []
+
+
+def test_outputs_of_another_type_are_a_difference() -> None:
+    texts = {
+        "knn": {"label": np.array(["0", "1", "1"])},
+        "dnn": {**OUTPUTS["dnn"], "probabilities": np.array([["a"] * 2] * 2)},
+    }
+    found = compare(facts("a", SAME), facts("b", SAME, outputs=texts)).differences
+    assert [line.split(":")[0] for line in sorted(found)] == ["dnn", "knn"]
+    assert len(compare(facts("a", SAME, outputs=texts), facts("b", SAME)).differences) == 2

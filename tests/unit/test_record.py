@@ -16,7 +16,7 @@ import pytest
 from hostsetup.target import Endpoint, Spec
 from images.errors import NotComparableError, TargetError
 from images.store import Images
-from loadtest import _plan, _samples
+from loadtest import _samples
 from loadtest._batch import Live
 from loadtest._parity import Comparison, Facts
 from loadtest._plan import Plan
@@ -60,9 +60,7 @@ def note(record: Record, one: Live, parity: Comparison | None = None) -> None:
 def recorder(run: Path, images: Images | None = None, cores: Sequence[int] = (0, 1), **plan: Any) -> Record:
     (run / "logs").mkdir(parents=True)
     settings: dict[str, Any] = {"models": ("knn",), "loads": ("closed-1",), "only": "load", **plan}
-    found = Plan(**settings)
-    _plan.save(found, run / "plan.toml")
-    return Record(run, found, ["isolatency", "run"], cores, cores[:-1] or cores, images)
+    return Record(run, Plan(**settings), ["isolatency", "run"], cores, cores[:-1] or cores, images, print)
 
 
 def phase(run: Path, name: str, target: str, blocks: int = 6, rows: int = 100) -> None:
@@ -96,7 +94,6 @@ def test_what_is_recorded_is_what_the_report_reads(tmp_path: Path) -> None:
     note(record, live("q", kind="qemu", accel="tcg", emulated=True))
     phase(tmp_path, "native", "a")
     phase(tmp_path, "q", "q")
-    assert not record.measured()
     record.partial = False
     record.close()
     assert record.measured()
@@ -126,6 +123,7 @@ def test_a_run_that_was_interrupted_stays_partial(tmp_path: Path) -> None:
     record = recorder(tmp_path)
     note(record, live("a"))
     record.close()
+    assert not record.measured()
     assert manifest(tmp_path)["partial"] and manifest(tmp_path)["ended"]
 
 
@@ -266,6 +264,7 @@ def test_a_phase_that_cannot_be_read_stays_and_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_replaced_leaves_no_half_one(tmp_path: Path) -> None:
     record = recorder(tmp_path)
+    (tmp_path / "targets.json").unlink()
     (tmp_path / "targets.json").mkdir()
     with pytest.raises(OSError, match="directory"):
         record.save()
@@ -275,7 +274,6 @@ def test_a_file_that_cannot_be_replaced_leaves_no_half_one(tmp_path: Path) -> No
 SMALL_DISK = """
 import sys
 from pathlib import Path
-from images.errors import IsolatencyError
 from tests.unit.test_record import live, note, phase, recorder
 run = Path(sys.argv[1]) / "run"
 record = recorder(run)
@@ -283,10 +281,8 @@ note(record, live("a"))
 phase(run, "native", "a", blocks=80, rows=5000)
 (run / "logs" / "filler").write_bytes(b"x" * int(sys.argv[2]))
 record.partial = False
-try:
-    record.close()
-except IsolatencyError as error:
-    print(error)
+record.close()
+assert record.measured()
 """
 
 
@@ -306,7 +302,8 @@ def test_a_disk_that_is_full_at_the_end_costs_no_figure(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "samples.parquet: No space left on device" in done.stdout and done.stdout.count("\n") == 1
     run = tmp_path / "run"
+    assert not (run / "samples.parquet").exists() and not list(run.glob("*.part"))
     found = manifest(run)
-    assert found["ended"] and found["partial"] and found["errors"] == [done.stdout.strip()]
+    assert found["ended"] and found["partial"] and f"error: {found['errors'][0]}\n" == done.stdout
     again = summarise(run)
     assert again.partial and again.cells[0].requests == 79 * 5000

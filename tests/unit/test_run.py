@@ -1,0 +1,41 @@
+"""What a run decides before anything starts."""
+
+import pytest
+
+from hostsetup.target import Option
+from images.errors import UsageError
+from loadtest import _keep, _plan, _run
+from loadtest._plan import Machine, Plan
+
+
+def plan(*kinds: str, **settings: object) -> Plan:
+    targets: list[dict[str, Option]] = [_plan.parse_target(kind) for kind in kinds]
+    return Plan(targets=tuple(targets), **settings)  # type: ignore[arg-type]
+
+
+def test_a_time_is_said_in_whole_numbers() -> None:
+    said = {3.0: "10 seconds", 44.0: "40 seconds", 89.0: "90 seconds", 90.0: "2 minutes", 1240.0: "21 minutes"}
+    assert {seconds: _run.about(seconds) for seconds in said} == {s: f"about {words}" for s, words in said.items()}
+
+
+def test_no_target_can_have_the_name_of_the_phase_of_all_that_are_not_emulated() -> None:
+    for name in ("native", "_native"):
+        wanted = plan("process", f"{name}=qemu")
+        try:
+            _plan.validate(wanted, Machine((0, 1), 4096))
+        except UsageError:
+            continue
+        names = [phase.name for phase in _run.phases(wanted, kvm_boots=False)]
+        assert len(set(names)) == len(names) == 2
+    with pytest.raises(UsageError, match="target name"):
+        _plan.validate(plan(f"{_run.NATIVE}=process"), Machine((0,), 4096))
+
+
+def test_a_flag_of_zero_is_a_flag() -> None:
+    chosen = _keep.choose(plan("process", seed=7), (), {"seed": 0, "seconds": None, "allow_difference": None}, print)
+    assert chosen.seed == 0 and chosen.seconds == Plan().seconds
+    with pytest.raises(UsageError, match=r"seconds is 0; wanted 0\.05 to"):
+        _plan.validate(_keep.choose(plan("process"), (), {"seconds": 0.0}, print), Machine((0,), 4096))
+    with pytest.raises(UsageError, match=r"seed is -1; wanted"):
+        _plan.validate(_keep.choose(plan("process"), (), {"seed": -1}, print), Machine((0,), 4096))
+    assert _keep.choose(plan("process", allow_difference=True), (), {"allow_difference": None}, print).allow_difference
