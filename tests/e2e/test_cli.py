@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -122,21 +123,70 @@ def test_up_prints_the_url_returns_and_down_ends_it(isolatency: Command) -> None
 FULL = """
 set -e
 mkdir -p {place}
-mount -t tmpfs -o size=300k tmpfs {place}
-{i} run --quick --only load --target process --out {place} || echo "code $?"
-ls {place}
+mount -t tmpfs -o size={size}k tmpfs {place}
+{fill}
+{i} run {words} --target process --out {place} || echo "code $?"
+cp -r {place} {kept}
 """
+FILLER = "(until {}; do sleep 0.02; done; dd if=/dev/zero of={{place}}/filler bs=4k 2>/dev/null || true) &"
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system; run the tests as root")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system; run the tests as root")
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    script = FULL.format(i=ISOLATENCY, place=tmp_path / "small")
+def on_a_small_disk(tmp_path: Path, size: int, *words: str, fill: str = "") -> tuple[str, Path]:
+    """What a run said whose --out has `size` KiB, and what it left there. `fill` is shell that may run beside it."""
+    places = {"place": tmp_path / "small", "kept": tmp_path / "kept"}
+    script = FULL.format(i=ISOLATENCY, size=size, words=" ".join(words), fill=fill.format(**places), **places)
     done = subprocess.run(
         [ISOLATENCY, "sandbox", "--", "sh", "-c", script], capture_output=True, text=True, timeout=400
     )
-    assert "code 1" in done.stdout, done.stderr
+    assert done.returncode == 0 and "code 1" in done.stdout, done.stderr
     assert "Traceback" not in done.stderr
-    assert "No space left on device" in done.stderr
+    return done.stderr, tmp_path / "kept"
+
+
+@as_root
+def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    said, kept = on_a_small_disk(tmp_path, 300, "--quick", "--only", "load")
+    assert re.search("isolatency: the run folder .*: No space left on device; free some space, or choose ", said)
+    assert list(kept.iterdir()) == []
+
+
+def reported(kept: Path) -> dict[str, Any]:
+    """The summary of the one run in `kept`, which must be marked partial everywhere and name the full disk."""
+    found: dict[str, Any] = json.loads((kept / "latest" / "summary.json").read_text())
+    assert found["partial"] and any("No space left on device" in error for error in found["errors"]), found["errors"]
+    assert (kept / "latest" / "report.md").read_text().count("PARTIAL") == 1
+    assert not list(kept.glob("*/.reserve")) and not list(kept.glob("*/*.part"))
+    return found
+
+
+@as_root
+def test_a_disk_that_fills_up_under_load_keeps_what_was_measured(tmp_path: Path) -> None:
+    """A filler takes all space once that of the first row group is reserved: the second one then finds too little."""
+    fill = FILLER.format("[ $(stat -c %s {place}/2*/samples-*.parquet 2>/dev/null || echo 0) -gt 2000000 ]")
+    said, kept = on_a_small_disk(tmp_path, 16 * 1024, "--quick", "--only", "load", "--seconds", "20", fill=fill)
+    assert "error: the load ended with exit code 1" in said and "No space left on device" in said
+    assert sum(cell["requests"] for cell in reported(kept)["cells"]) > 10_000
+
+
+MANY = """
+only = "batch"
+[[jobs]]
+job = "knn"
+repeats = 40
+rows = 40
+"""
+
+
+@as_root
+def test_a_disk_that_fills_up_under_the_batch_jobs_keeps_their_repeats(tmp_path: Path) -> None:
+    """All space goes to a filler once batch.csv is there, which has some more lines in the block that it has."""
+    (tmp_path / "plan.toml").write_text(MANY)
+    fill = FILLER.format("[ -e {place}/2*/batch.csv ]")
+    said, kept = on_a_small_disk(tmp_path, 8 * 1024, str(tmp_path / "plan.toml"), fill=fill)
+    assert re.search(r"^error: could not write .*: No space left on device; free some space, then", said, re.MULTILINE)
+    [row] = reported(kept)["batch"]
+    assert 1 <= row["n"] < 40
 
 
 def test_clean_twice_is_fine(isolatency: Command) -> None:
