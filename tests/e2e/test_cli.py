@@ -1,10 +1,15 @@
 """The commands as a user meets them: what they print, their exit codes, errors of one line."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +44,8 @@ def test_help_names_every_command_and_the_exit_codes(isolatency: Command) -> Non
         (["run", "--target", "process", "--target", "b=process:mem_mib=256"], 2, "--allow-difference"),
         (["run", "no-such-plan.toml"], 2, "could not be read"),
         (["report", "no-such-folder"], 2, "is no run folder"),
+        (["run", "--target", "process", "--seconds", "0"], 2, "seconds is 0; wanted 0.05"),
+        (["run", "--target", "process", "--seed", "-1"], 2, "seed is -1; wanted"),
         (["down", "nobody"], 2, "no target 'nobody'"),
         (["images", "load", "/etc/hostname"], 2, "is no bundle of images"),
     ],
@@ -187,6 +194,52 @@ def test_a_disk_that_fills_up_under_the_batch_jobs_keeps_their_repeats(tmp_path:
     assert re.search(r"^error: could not write .*: No space left on device; free some space, then", said, re.MULTILINE)
     [row] = reported(kept)["batch"]
     assert 1 <= row["n"] < 40
+
+
+def on_a_terminal(argv: list[str]) -> tuple[int, list[str]]:
+    """The exit code of a command on a terminal 400 columns wide, and the lines that stand there when it has ended."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 400, 0, 0))
+    environment = os.environ | {"TERM": "xterm"}
+    process = subprocess.Popen(
+        argv, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+    )
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: the last process that had the terminal has ended
+        while piece := os.read(ours, 65536):
+            said += piece
+    os.close(ours)
+    lines, row, column = [""], 0, 0
+    for control, text in re.findall(r"(\x1b\[[0-9;?]*[A-Za-z]|[\r\n])|([^\x1b\r\n]+)", said.decode(errors="replace")):
+        if text:
+            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
+            column += len(text)
+        elif control == "\r":
+            column = 0
+        elif control == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif control.endswith("A"):
+            row = max(0, row - int(control[2:-1] or 1))
+        elif control == "\x1b[2K":
+            lines[row] = ""
+    return process.wait(timeout=60), lines
+
+
+def test_on_a_terminal_the_estimate_and_every_error_stay(tmp_path: Path) -> None:
+    """Two targets that do not answer, so that nothing is measured and no report says it again."""
+    plan = tmp_path / "plan.toml"
+    plan.write_text('boot_timeout_s = 1.0\nonly = "load"\n')
+    urls = ["a=url:http://127.0.0.1:9", "b=url:http://127.0.0.1:9"]
+    words = ["run", plan, *(word for url in urls for word in ("--target", url)), "--out", tmp_path / "out"]
+    code, lines = on_a_terminal([ISOLATENCY, "sandbox", "--", ISOLATENCY, *map(str, words)])
+    assert code == 1
+    assert any(re.match("2 targets, about [0-9]+ (seconds|minutes)", line) for line in lines), lines
+    for name in "ab":
+        assert any(line.startswith(f"error: {name} did not answer at http://127.0.0.1:9") for line in lines), lines
+    assert any(line.startswith("run folder: ") for line in lines), lines
+    assert not any("starting" in line for line in lines), "a step is of the moment, and does not stay"
 
 
 def test_clean_twice_is_fine(isolatency: Command) -> None:

@@ -49,7 +49,7 @@ def host():
         "rules": [line for line in words("iptables-save").splitlines() if "isolatency-" in line],
         "netns": words("ip", "netns").split(),
         "folders": ours(p for d in ("/run/isolatency", "/dev/shm") for p in Path(d).glob("isolatency-*")),
-        "cgroups": ours(p for p in Path("/sys/fs/cgroup").glob("*/isolatency-*") if "-engine" not in p.name),
+        "cgroups": ours(p for v in ("", "*/") for p in Path("/sys/fs/cgroup").glob(v + "isolatency-*") if "-engine" not in p.name),
     }
 
 engine = subprocess.run(["docker", "version"], capture_output=True).returncode == 0

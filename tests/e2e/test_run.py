@@ -151,6 +151,36 @@ def test_two_runs_at_once_are_refused(isolatency: Command, tmp_path: Path) -> No
         isolatency("clean")
 
 
+def _lines(out: Path, name: str) -> int:
+    return sum(len(path.read_text().splitlines()) for path in out.glob(f"2*/{name}"))
+
+
+@pytest.mark.parametrize("moment", ["starting process", "load on process", "process: knn, repeat 2"])
+def test_ctrl_c_at_any_moment_ends_it_soon_and_marks_it(isolatency: Command, moment: str, tmp_path: Path) -> None:
+    argv = [ISOLATENCY, "run", "--quick", "--seconds", "1.5", "--target", "process", "--out", tmp_path]
+    with subprocess.Popen(
+        [ISOLATENCY, "sandbox", "--", *argv], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as running:
+        assert running.stderr is not None
+        assert any(line.startswith(moment) for line in running.stderr)
+        end = time.monotonic() + 120
+        while moment.startswith("load") and _lines(tmp_path, "blocks-*.csv") < 4 and time.monotonic() < end:
+            time.sleep(0.1)
+        time.sleep(0.3)
+        os.killpg(running.pid, signal.SIGINT)
+        _, said = running.communicate(timeout=25)
+    assert running.returncode == 130, said
+    assert "error: interrupted; what was measured until then is kept" in said and "Traceback" not in said
+    [folder] = tmp_path.glob("2*")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["partial"] and manifest["ended"] and "interrupted" in manifest["errors"][0]
+    assert not list(folder.glob("*.part")) and not (folder / ".reserve").exists()
+    if moment != "starting process":
+        assert json.loads((folder / "summary.json").read_text())["partial"]
+        assert (folder / "report.md").read_text().count("PARTIAL") == 1
+    assert isolatency("clean").stdout.startswith(("nothing to remove", "left alone"))
+
+
 def test_ctrl_c_keeps_what_was_measured(isolatency: Command, tmp_path: Path) -> None:
     argv = [
         ISOLATENCY,
@@ -170,7 +200,7 @@ def test_ctrl_c_keeps_what_was_measured(isolatency: Command, tmp_path: Path) -> 
         argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     end = time.monotonic() + 120
-    while not list(tmp_path.glob("2*/samples-native*")) and time.monotonic() < end:
+    while not list(tmp_path.glob("2*/samples-_native*")) and time.monotonic() < end:
         time.sleep(0.1)
     time.sleep(4)
     os.killpg(running.pid, signal.SIGINT)
