@@ -134,12 +134,12 @@ class Firecracker(Guest):
     def __enter__(self) -> Endpoint:
         """Now and then (1 of 24 boots, measured) QEMU's emulation of SVM lets a guest's kernel panic early.
 
-        So a nested start in which something died is repeated, once.
+        So a nested start in which something died is repeated, once; not where it was the server that ended.
         """
         try:
             return super().__enter__()
         except (DeathError, BrokenError) as error:
-            if self.accel != "nested":
+            if self.accel != "nested" or self._server_code() is not None:
                 raise
             self.caveats = [f"{self.spec.name}: its first start failed and was repeated: {error}"]
             return super().__enter__()

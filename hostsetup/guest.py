@@ -95,9 +95,15 @@ class Guest(Lifecycle):
         code = self.process.poll()
         if code is None:
             return None
-        if found := re.findall(r"guest-init: server ended with (\d+)", self._said()):
-            return f"ended with its server, which {shell_code_in_words(int(found[-1]))}"
-        return self._exit_words(code)
+        server = self._server_code()
+        return (
+            self._exit_words(code) if server is None else f"ended with its server, which {shell_code_in_words(server)}"
+        )
+
+    def _server_code(self) -> int | None:
+        """What guest-init said of the server's end, if it did."""
+        found = re.findall(r"guest-init: server ended with (\d+)", self._said())
+        return int(found[-1]) if found else None
 
     def _exit_words(self, code: int) -> str:
         return in_words(code)
