@@ -4,6 +4,7 @@ says why, by "machine.FIELD" or "versions.NAME".
 /proc and /sys as in Linux' Documentation/ABI/testing/sysfs-devices-system-cpu and admin-guide/pm/cpufreq.rst.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -13,12 +14,13 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
+import docker
 import psutil
 
 from hostsetup import machine as programs
 from images import shell, vmm
 from images.errors import IsolatencyError
-from images.store import Images
+from images.store import Images, sha256
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TOOLS = {
@@ -59,6 +61,33 @@ def begin(*, command: Sequence[str], seed: int, images: Images | None, client_co
 def end() -> dict[str, Any]:
     """What is added when the run has ended, well or not."""
     return {"ended": _now(), "load_after": list(os.getloadavg()), "cpu_time_after": cpu_time()}
+
+
+def own_parts(options: Mapping[str, Any]) -> dict[str, dict[str, str | None]]:
+    """A target's own image, kernel and binary: what was given, and the sha256 (for a Docker image, of its id)."""
+    readers = {"binary": _digest, "kernel": _digest, "image": _image_digest}
+    given = {part: str(options[part]) for part in readers if part in options}
+    values, unread = _ask({part: _asking(readers[part], name) for part, name in given.items()})
+    return {
+        part: {"given": name, "sha256": values[part], **({"unread": unread[part]} if part in unread else {})}
+        for part, name in given.items()
+    }
+
+
+def _digest(path: str) -> str:
+    try:
+        return sha256(Path(path))
+    except OSError as error:
+        raise _Unreadable(f"{path}: {error.strerror}") from error
+
+
+def _image_digest(name: str) -> str:
+    """Of the image that the engine in reach has by that name."""
+    try:
+        with contextlib.closing(docker.from_env(timeout=30)) as engine:
+            return str(engine.images.get(name).id).removeprefix("sha256:")
+    except (docker.errors.DockerException, OSError) as error:
+        raise _Unreadable(f"Docker does not tell of the image {name}: {error}") from error
 
 
 def cpu_time() -> dict[str, float]:

@@ -71,6 +71,8 @@ class Record:
     def target(self, one: Live, facts: Facts, parity: Comparison) -> None:
         """Note a target that answered. Raises NotComparableError where it differs and the plan does not allow it."""
         spec, endpoint = facts.spec, facts.endpoint
+        if own := _manifest.own_parts(spec.options):
+            self._manifest.setdefault("own_parts", {})[endpoint.name] = own
         self._targets.append(
             {
                 "name": endpoint.name, "label": endpoint.label, "kind": endpoint.kind, "accel": endpoint.accel,

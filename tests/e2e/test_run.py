@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import tomllib
 from pathlib import Path
@@ -225,6 +226,34 @@ def test_a_target_that_cannot_start_is_an_error_and_the_others_are_measured(
     assert "no-such-image-anywhere" in done.stderr
     found = json.loads((tmp_path / "latest" / "summary.json").read_text())
     assert {cell["target"] for cell in found["cells"]} == {"process"}
+
+
+OWN_IMAGE = """
+import docker, subprocess, sys
+from images import store
+engine = docker.from_env()
+engine.api.import_image_from_file(str(store.current().tar), repository="mine", changes=store.dockerfile_instructions())
+print("id", engine.images.get("mine").id, flush=True)
+sys.exit(subprocess.run(sys.argv[1:]).returncode)
+"""
+
+
+def test_an_image_of_ones_own_may_be_the_first_target_and_its_digest_is_kept(
+    able: dict[str, str], tmp_path: Path
+) -> None:
+    if able["docker"] != "yes":
+        pytest.skip(f"docker cannot run here: {able['docker']}")
+    argv = [ISOLATENCY, "run", "--quick", "--only", "load", "--seconds", "1.5", "--out", str(tmp_path)]
+    argv += ["--target", "own=docker:image=mine", "--target", "process", "--target", "b=process"]
+    done = subprocess.run(
+        [ISOLATENCY, "sandbox", "--", sys.executable, "-c", OWN_IMAGE, *argv],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "latest" / "manifest.json").read_text())["own_parts"]
+    assert found == {"own": {"image": {"given": "mine", "sha256": done.stdout.split()[1].removeprefix("sha256:")}}}
+    summary = json.loads((tmp_path / "latest" / "summary.json").read_text())
+    assert any("own: image of its own" in caveat for caveat in summary["caveats"])
 
 
 def test_a_dry_run_prints_and_makes_nothing(isolatency: Command, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The manifest on this machine, and by files of machines that this one is not."""
 
+import hashlib
 import json
 import os
 import platform
@@ -117,3 +118,22 @@ def test_the_images_and_their_digests_are_named(tmp_path: Path) -> None:
     images = Images(tmp_path, "key1", "ab" * 32, True, {"vmlinux": "cd" * 32})
     found = _manifest.begin(command=[], seed=1, images=images, client_cores=[0])["images"]
     assert found == {"tree_sha256": "ab" * 32, "key": "key1", "loaded": True, "digests": {"vmlinux": "cd" * 32}}
+
+
+def test_the_parts_that_a_target_names_have_their_digests(tmp_path: Path) -> None:
+    (tmp_path / "vmlinux").write_bytes(b"a kernel")
+    options = {"kernel": str(tmp_path / "vmlinux"), "binary": str(tmp_path / "gone"), "boot_args": "quiet"}
+    found = _manifest.own_parts(options)
+    assert found["kernel"] == {"given": options["kernel"], "sha256": hashlib.sha256(b"a kernel").hexdigest()}
+    assert found["binary"]["sha256"] is None and "No such file" in str(found["binary"]["unread"])
+    assert set(found) == {"kernel", "binary"} and _manifest.own_parts({}) == {}
+
+
+def test_an_image_that_no_engine_tells_of_has_no_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    found = _manifest.own_parts({"image": "mine"})["image"]
+    assert (
+        found["given"] == "mine"
+        and found["sha256"] is None
+        and "does not tell of the image mine" in str(found["unread"])
+    )
