@@ -200,6 +200,8 @@ def _engine() -> Check:
         return Check("dockerd", False, "no Docker engine (a client alone is not enough)", SETUP)
     if not host_root():
         return Check("dockerd", False, f"{path}, but a sandbox starts it for root only", "run as root")
+    if machine.lacks_apparmor_parser():
+        return Check("dockerd", False, f"{path}, but it starts no container without apparmor_parser here", SETUP)
     return Check("dockerd", True, f"{path}; a sandbox starts its own")
 
 

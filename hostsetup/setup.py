@@ -25,6 +25,7 @@ PACKAGES = {
     "util-linux": "namespaces",
 }
 ENGINE = {"docker.io": "docker"}
+APPARMOR = {"apparmor": "docker, where the kernel has AppArmor on: its engine loads a profile for each container"}
 APT_TIMEOUT_S = 1800
 LISTS = Path("/var/lib/apt/lists")
 # The Docker engine's package starts it, with a bridge and firewall rules on this machine that nothing of ours needs.
@@ -39,6 +40,7 @@ ENGINE_NOTE = (
 def missing() -> dict[str, str]:
     """Package → what it is for, of those that are not installed. Raises MissingError where there is no dpkg."""
     wanted = PACKAGES | ({} if machine.find("dockerd") else ENGINE)
+    wanted |= APPARMOR if machine.lacks_apparmor_parser() else {}
     if machine.find("dpkg-query") is None:
         raise MissingError(f"setup knows Debian and Ubuntu only; install what provides: {', '.join(wanted)}")
     form = "${Package} ${db:Status-Status}\n"

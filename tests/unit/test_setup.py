@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hostsetup import setup
+from hostsetup import machine, setup
 from images import shell
 from images.errors import IsolatencyError
 
@@ -44,6 +44,21 @@ def call(yes: bool, answer: bool | None) -> list[str]:
 
 def calls(apt: Path) -> list[str]:
     return (apt / "calls").read_text().splitlines() if (apt / "calls").exists() else []
+
+
+def test_apparmor_is_wanted_only_where_the_kernel_has_it_on(
+    apt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Docker's engine then refuses containers without its parser, which the package of the engine only recommends."""
+    monkeypatch.setattr(machine, "APPARMOR", tmp_path / "enabled")
+    monkeypatch.setattr(machine, "ADMIN", "/nonexistent")
+    monkeypatch.setenv("PATH", str(apt) + ":/bin")
+    for text, wanted in (("", False), ("N\n", False), ("Y\n", True)):
+        (tmp_path / "enabled").write_text(text)
+        assert ("apparmor" in setup.missing()) == wanted
+    (apt / "apparmor_parser").write_text("#!/bin/sh\n")
+    (apt / "apparmor_parser").chmod(0o755)
+    assert "apparmor" not in setup.missing()
 
 
 def test_what_is_missing_is_named_with_its_purpose(apt: Path) -> None:
