@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 STOP_S = 5
 START_TIMEOUT_S = 60
+REPOSITORY = "isolatency"  # of the images that runs import: the next run finds them there
 DEFAULT_HOST = "unix:///var/run/docker.sock"
 TMPFS = {"/tmp": "rw,exec,mode=1777", "/run": "rw,mode=755"}
 
@@ -103,7 +104,7 @@ class Container(Lifecycle):
         return wanted
 
     def _tag(self) -> str:
-        return f"isolatency:{self.images.tree_sha256[:32]}"
+        return f"{REPOSITORY}:{self.images.tree_sha256[:32]}"
 
     def _ended(self) -> str | None:
         try:
@@ -137,6 +138,27 @@ class Container(Lifecycle):
         with contextlib.suppress(DockerException, requests.RequestException):
             self._container.stop(timeout=STOP_S)
         self._tail()
+
+
+def forget_images() -> list[str]:
+    """Remove the images that runs have left in the user's own engine, for the next one; a sentence for each.
+
+    Empty where no engine answers. One that a container still uses stays.
+    """
+    said = []
+    try:
+        with _engine(os.environ.get("DOCKER_HOST", DEFAULT_HOST)) as engine:
+            for image in engine.images.list(name=REPOSITORY):
+                for tag in image.tags:
+                    if shell.dry_run():
+                        shell.say(f"remove the image {tag}")
+                        continue
+                    with contextlib.suppress(APIError):
+                        engine.images.remove(tag)
+                        said.append(f"image {tag}")
+    except (MissingError, DockerException, requests.RequestException):
+        pass
+    return said
 
 
 @contextlib.contextmanager

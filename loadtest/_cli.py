@@ -281,15 +281,22 @@ def sandbox(command: Sequence[str]) -> None:
 
 
 @cli.command()
-@click.option("--all", "everything", is_flag=True, help="End live runs, kept targets and sandboxes too.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="End live runs, kept targets and sandboxes too; remove our images from Docker.",
+)
 @_dry_run
 def clean(everything: bool) -> None:
     """Remove whatever a killed run left behind, by the ledger, and say what."""
-    from hostsetup import ledger
+    from hostsetup import container, ledger, sandbox
     from images import build as building
 
     removed, left = ledger.clean(everything)
     removed += building.sweep()
+    if everything and not sandbox.inside():
+        removed += container.forget_images()
     for line in removed:
         print(f"removed {line}")
     for line in left:
