@@ -44,6 +44,7 @@ class Container(Lifecycle):
         host = os.environ.get("DOCKER_HOST", DEFAULT_HOST)
         engine = self._stack.enter_context(_engine(host))
         try:
+            _refuse_without_limits(spec.name, engine.info())
             image = self._image(engine)
             self._own(ledger.add("container", name=name, docker_host=host))
             self.started = time.monotonic()
@@ -173,6 +174,15 @@ def _engine(host: str):  # type: ignore[no-untyped-def]
         ) from error
     with contextlib.closing(engine):
         yield engine
+
+
+def _refuse_without_limits(name: str, info: dict[str, Any]) -> None:
+    """Raise MissingError where the engine would start the container all the same, on any core or with all memory."""
+    if lacking := [words for key, words in (("CPUSet", "cores"), ("MemoryLimit", "memory")) if info.get(key) is False]:
+        raise MissingError(
+            f"{name}: this Docker engine cannot limit {' and '.join(lacking)}, for want of cgroup controllers; "
+            "use `isolatency sandbox -- …`, whose engine has the machine's own"
+        )
 
 
 def _entrypoint() -> list[str]:

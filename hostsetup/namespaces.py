@@ -46,7 +46,10 @@ def netns() -> int:
 
 
 def in_netns(wanted: int) -> list[str] | None:
-    """The words that put a command into that network namespace: none if it is ours, None if nobody lives in it."""
+    """The words that put a command into that network namespace: none if it is ours, None if it is there no longer.
+
+    One that has a name (ip-netns(8)) is there, even if nobody lives in it.
+    """
     if wanted == netns():
         return []
     seen = {Path("/proc/self/ns/net").stat().st_ino}
@@ -60,6 +63,11 @@ def in_netns(wanted: int) -> list[str] | None:
                     words += [f"--user={process}/ns/user", "--preserve-credentials"]
                 if _netns_of(words, inode) == wanted:
                     return words
+    for name in Path("/run/netns").glob("*"):
+        words = ["nsenter", f"--net={name}"]
+        with suppress(OSError):
+            if _netns_of(words, name.stat().st_ino) == wanted:
+                return words
     return None
 
 

@@ -1,5 +1,6 @@
 """User-mode Linux: a guest kernel of its own as a host process, at native compute speed, without KVM. One CPU."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -15,9 +16,13 @@ class Uml(Guest):
 
     def _scratch_parent(self) -> Path:
         """The guest's memory is a file, which belongs on a tmpfs that is not noexec (as /run is)."""
-        if SHM.is_dir() and shutil.disk_usage(SHM).free >= (self.spec.mem_mib + SPARE_MIB) * 2**20:
+        wanted = (self.spec.mem_mib + SPARE_MIB) * 2**20
+        noexec = SHM.is_dir() and os.statvfs(SHM).f_flag & os.ST_NOEXEC
+        if SHM.is_dir() and not noexec and shutil.disk_usage(SHM).free >= wanted:
             return SHM
-        self.caveats.append(f"{self.spec.name}: /dev/shm is too small for its memory, which is a file on disk instead")
+        self.caveats.append(
+            f"{self.spec.name}: {SHM} is too small for its memory, or noexec: it is a file on disk instead"
+        )
         return Path("/tmp")
 
     def _boot(self) -> None:

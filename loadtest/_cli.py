@@ -290,12 +290,14 @@ def sandbox(command: Sequence[str]) -> None:
 @_dry_run
 def clean(everything: bool) -> None:
     """Remove whatever a killed run left behind, by the ledger, and say what."""
-    from hostsetup import container, ledger, sandbox
+    from hostsetup import ledger, sandbox
     from images import build as building
 
     removed, left = ledger.clean(everything)
     removed += building.sweep()
     if everything and not sandbox.inside():
+        from hostsetup import container
+
         removed += container.forget_images()
     for line in removed:
         print(f"removed {line}")

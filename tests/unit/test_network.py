@@ -100,6 +100,18 @@ with Ledger.open("test", "n") as ledger, network.guest_slot(ledger) as slot:
     assert said == "made tap0\n"
 
 
+def test_a_namespace_with_a_name_is_found_though_nobody_lives_in_it() -> None:
+    said = in_namespace("""
+from hostsetup.namespaces import in_netns
+shell.run(["mount", "-t", "tmpfs", "tmpfs", "/run"])
+shell.run(["ip", "netns", "add", "other"])
+ask = "from hostsetup.namespaces import netns; print(netns())"
+cookie = int(shell.run(["ip", "netns", "exec", "other", sys.executable, "-c", ask], changes=False).stdout)
+print(in_netns(cookie), in_netns(cookie + 10**6))
+""")
+    assert said == "['nsenter', '--net=/run/netns/other'] None\n"
+
+
 def test_a_tap_that_another_made_in_the_place_of_ours_is_left_alone() -> None:
     said = in_namespace("""
 with Ledger.open("test", "n") as ledger, network.guest_slot(ledger):
