@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from hostsetup import locks
 from hostsetup.namespaces import SANDBOX, host_root, netns, outer_uid
 from hostsetup.removers import CGROUPS, MARK, REMOVERS, SHARED, Entry, processes, words
 from images import shell
@@ -32,7 +33,6 @@ What = Literal["run", "kept", "sandbox", "test"]
 TERM_S = 30.0  # a nested guest takes its time
 KILL_S = 5.0
 READERS_S = 2.0  # others look at a file for milliseconds
-RUN_LOCK = Path("/run/lock/isolatency.lock")
 
 
 def folder() -> Path:
@@ -273,7 +273,7 @@ def remove_dead(owner: Owner) -> None:
 
 def _remove_dead(owner: Owner, removed: list[str], failed: list[str]) -> None:
     with contextlib.suppress(FileNotFoundError), owner.path.open("a", encoding="utf-8") as file:
-        if not _lock(file.fileno(), READERS_S):
+        if not locks.take(file.fileno(), READERS_S):
             return  # another one is at it
         failed_before = len(failed)
         for number in sorted(owner.entries, reverse=True):
@@ -315,7 +315,7 @@ def _forgotten(known: Sequence[Owner]) -> list[str]:
     own = re.compile(r"(?:sandbox|isolatency)-([0-9a-f]{8})(?:-.*)?")
     for path in cache_dir().glob("*-*"):
         named = own.fullmatch(path.name)
-        if named is None or any(owner.id == named[1] for owner in known) or _held(path):
+        if named is None or any(owner.id == named[1] for owner in known) or locks.held(path):
             continue
         entry = {"kind": "dir", "path": str(path)}
         if shell.dry_run():
@@ -325,27 +325,12 @@ def _forgotten(known: Sequence[Owner]) -> list[str]:
     return removed
 
 
-def _held(path: Path) -> bool:
-    """Whether an owner holds the folder; so it is too where that cannot be known."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(file)
-    return False
-
-
 def end(living: Sequence[Owner]) -> list[bool]:
     """Ask live owners to end, all at once, then make those that have not; for each, whether it has ended."""
     left = list(living)
     for number, patience_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
         for owner in left:
-            for pid in _holders(owner.path):
+            for pid in locks.holders(owner.path):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
         until = time.monotonic() + patience_s
@@ -367,54 +352,11 @@ def _is_alive(owner: Owner) -> bool:
         return False
 
 
-def _holders(path: Path) -> list[int]:
-    """Processes that hold the lock on a ledger file, by /proc: right in any PID namespace. Mere readers are not."""
-    found = set()
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.path.samestat(link.stat(), path.stat()):
-                about = (link.parents[1] / "fdinfo" / link.name).read_text()
-                if re.search(r"^lock:.* FLOCK .* WRITE ", about, re.MULTILINE):
-                    found.add(int(link.parts[2]))
-    return sorted(found - {os.getpid()})
-
-
-def _lock(file: int, patience_s: float) -> bool:
-    end_s = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end_s:
-                return False
-            time.sleep(0.02)
-        else:
-            return True
-
-
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
     """One process at a time; the next one waits."""
     with (folder() / name).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def run_lock() -> Iterator[None]:
-    """One run at a time on a machine: two would disturb each other. Raises IsolatencyError when one is under way."""
-    RUN_LOCK.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(RUN_LOCK, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o666))
-        RUN_LOCK.chmod(0o666)
-    with RUN_LOCK.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise IsolatencyError(
-                "another run is under way on this machine and would disturb this one; "
-                "wait for it, or end it: `isolatency clean --all`"
-            ) from None
         yield
 
 

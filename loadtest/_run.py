@@ -17,7 +17,8 @@ import psutil
 
 from hostsetup import kvm
 from hostsetup.kinds import KINDS, make
-from hostsetup.ledger import Ledger, run_lock
+from hostsetup.ledger import Ledger
+from hostsetup.locks import run_lock
 from hostsetup.target import Context, Spec
 from images import shell, store
 from images.errors import IsolatencyError, NotComparableError

@@ -14,6 +14,7 @@ import pytest
 
 from hostsetup import ledger as books
 from hostsetup.ledger import Ledger
+from hostsetup.locks import run_lock
 from hostsetup.namespaces import SANDBOX
 from images.errors import IsolatencyError
 
@@ -347,7 +348,7 @@ def test_two_runs_at_once_are_refused() -> None:
         [
             sys.executable,
             "-c",
-            "from hostsetup.ledger import run_lock\nimport time\nwith run_lock():\n print('held', flush=True); time.sleep(60)",
+            "from hostsetup.locks import run_lock\nimport time\nwith run_lock():\n print('held', flush=True); time.sleep(60)",
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -356,7 +357,7 @@ def test_two_runs_at_once_are_refused() -> None:
         assert holder.stdout is not None
         if holder.stdout.readline() != "held\n":
             pytest.skip("a run of isolatency is under way on this machine and holds the lock")
-        with pytest.raises(IsolatencyError, match="another run is under way"), books.run_lock():
+        with pytest.raises(IsolatencyError, match="another run is under way"), run_lock():
             pytest.fail("a second run got the lock")
     finally:
         holder.kill()
@@ -364,7 +365,7 @@ def test_two_runs_at_once_are_refused() -> None:
     end = time.monotonic() + 10
     while True:
         try:
-            with books.run_lock():
+            with run_lock():
                 break
         except IsolatencyError:
             assert time.monotonic() < end
