@@ -4,10 +4,10 @@ import asyncio
 import zlib
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol, cast
 
 import orjson
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 
@@ -18,28 +18,33 @@ UNSENT = 64 * 2**10  # bytes that the kernel has not taken; from there on the cl
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
+class Line(Protocol):
+    """What an answer wants to know of its connection."""
+
+    @property
+    def stopping(self) -> bool:
+        """The server ends, so that this answer is the last."""
+
+    @property
+    def send_timeout(self) -> float: ...
+
+
 class Answer(web.StreamResponse):
     """aiohttp's own response builds its header from parts that may still change, for about a third of what a request
     costs in all. `written` is called when the answer has been handed to the kernel."""
 
     def __init__(
-        self,
-        body: bytes,
-        status: int = 200,
-        headers: Mapping[str, str] | None = None,
-        *,
-        media: str = JSON,
+        self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None, *, media: str = JSON
     ) -> None:
-        super().__init__(status=status)
-        more = "".join(f"{name}: {value}\r\n" for name, value in headers.items()) if headers else ""
-        self._head = (
-            f"HTTP/1.1 {status} {REASONS.get(status, '')}\r\nContent-Type: {media}\r\n"
-            f"Content-Length: {len(body)}\r\nDate: {rfc822_formatted_time()}\r\n{more}"
-        )
-        self._content = body
+        # Not StreamResponse's own __init__: nothing that it makes is used.
+        self._code, self._content, self._media = status, body, media
+        self._more = headers or {}
         self._close = False
-        self.send_timeout = 30.0
         self.written: Callable[[], None] | None = None
+
+    @property
+    def status(self) -> int:
+        return self._code
 
     @property
     def body_length(self) -> int:
@@ -54,13 +59,21 @@ class Answer(web.StreamResponse):
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         self._asked = request
-        if not request.keep_alive:
+        self._line = cast(Line, request.protocol)
+        if self._line.stopping or not request.keep_alive:
             self._close = True
         return None
 
-    def whole(self, *, headless: bool = False) -> bytes:
-        end = "Connection: close\r\n\r\n" if self._close else "\r\n"
-        return f"{self._head}{end}".encode() + (b"" if headless else self._content)
+    def whole(self, *, headless: bool = False, old: bool = False) -> bytes:
+        """As bytes; `headless`: without its body, `old`: for a client of HTTP/1.0."""
+        more = "".join([f"{name}: {value}\r\n" for name, value in self._more.items()])
+        if self._close or old:
+            more += f"Connection: {'close' if self._close else 'keep-alive'}\r\n"
+        head = (
+            f"HTTP/1.1 {self._code} {REASONS.get(self._code, '')}\r\nContent-Type: {self._media}\r\n"
+            f"Content-Length: {len(self._content)}\r\nDate: {rfc822_formatted_time()}\r\n{more}\r\n"
+        )
+        return head.encode() if headless else head.encode() + self._content
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Raises ConnectionResetError when the client is gone, or does not receive within the bound."""
@@ -68,12 +81,12 @@ class Answer(web.StreamResponse):
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
-        transport.write(self.whole(headless=request.method == "HEAD"))
+        transport.write(self.whole(headless=request.method == "HEAD", old=request.version < HttpVersion11))
         if self.written is not None:
             self.written()
         if transport.get_write_buffer_size() > UNSENT:
             try:
-                async with asyncio.timeout(self.send_timeout):
+                async with asyncio.timeout(self._line.send_timeout):
                     await request.writer.drain()
             except TimeoutError:
                 transport.abort()

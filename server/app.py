@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
+from multidict import istr
 
 from server import identity, protocol, tensors
 from server.answers import WBITS, Answer, answer, packed, refusal
@@ -20,10 +21,11 @@ from server.limits import Limits
 from server.log import log
 from server.metrics import Calls, Exposition, Requests
 from server.models.base import BadInput, Model
-from server.timing import Stamps, header, stages
+from server.timing import header, stages
 from server.worker import Watch
 
 VERSION = "1"
+
 INLINE_BODY = 32 * 2**10  # to parse a larger one would keep other requests waiting for a millisecond or more
 EXTENSIONS = ["binary_tensor_data", "statistics", "model_configuration", "model_repository"]
 NOT_OFFERED = {
@@ -33,6 +35,7 @@ NOT_OFFERED = {
     "/v2/logging": "a change of logging",
 }
 PATTERNS = {"kind": "(?:system|cuda|tpu|xpu)", "rest": "(?:/.*)?"}
+JSON_BYTES: str = istr("Inference-Header-Content-Length")
 CLIENT_GONE = 499  # in the counters; nobody reads such an answer
 RETRY = {"Retry-After": "1"}
 Parts = dict[str, str]
@@ -70,6 +73,7 @@ class Service:
     def __init__(
         self, models: Sequence[Model], limits: Limits, *, label: str | None, jobs: Jobs | None, timing: bool
     ) -> None:
+        tensors.no_warnings()
         watch = Watch(limits.model_timeout)
         self._served = {model.name: _Served(model, limits, watch) for model in models}
         self._limits, self._label, self._jobs, self._timing = limits, label, jobs, timing
@@ -81,7 +85,7 @@ class Service:
         self.connections = Connections(limits, self._metrics.lag)
         self._digest: asyncio.Task[tuple[str | None, str]] | None = None
         # One thread, so that the memory that large bodies take is bounded.
-        self._large = ThreadPoolExecutor(1, thread_name_prefix="large")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="large", initializer=tensors.no_warnings)
         self._routes: list[tuple[re.Pattern[str], dict[str, Handler]]] = []
         self._route()
         self._infer_paths = {
@@ -124,19 +128,25 @@ class Service:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.connections.in_flight += 1
         try:
-            if "Expect" in request.headers:
+            if hdrs.EXPECT in request.headers:
                 await _continue(request)
             infer = self._infer_paths.get(request.path)
             if infer is not None and request.method == "POST":
                 return await self._infer(request, *infer)
             handler, parts = self._find(request)
-            body = await request.read()
+            body = await self._body(request)
             _connection(request).whole()
             return await handler(request, parts, body)
         except Exception as error:
             return self._refuse(request, error)
         finally:
             self.connections.in_flight -= 1
+
+    async def _body(self, request: web.BaseRequest) -> bytes:
+        content = request.content
+        if content.is_eof() and content.total_bytes <= INLINE_BODY:  # all of it is here, so nothing needs to be awaited
+            return content.read_nowait()
+        return await request.read()
 
     def _refuse(self, request: web.BaseRequest, error: Exception) -> Answer:
         """Every error is {"error": "…"} and nothing else."""
@@ -270,13 +280,13 @@ class Service:
             if not served.loaded:
                 raise _Refused(f"model {served.model.name!r} is unloaded; load it first", 503)
             headers = request.headers
-            encoding = headers.get("Content-Encoding")
+            encoding = headers.get(hdrs.CONTENT_ENCODING)
             if encoding is not None and encoding.lower() not in ("identity", *WBITS):
                 raise _Refused(f"wanted gzip, deflate or identity for Content-Encoding; found {encoding!r}", 415)
-            body = await request.read()
+            body = await self._body(request)
             read = time.monotonic_ns()
             begun = connection.whole()
-            json_bytes = headers.get("Inference-Header-Content-Length")
+            json_bytes = headers.get(JSON_BYTES)
             large = len(body) > INLINE_BODY
             if large:
                 loop = asyncio.get_running_loop()
@@ -285,13 +295,14 @@ class Service:
                 wanted = protocol.parse(body, served.model, json_bytes)
             call = Call(wanted, time.monotonic_ns())
             connection.waiting = call
-            try:
-                await served.batcher.run(call, bool(self.connections.arriving))
-            finally:
-                connection.waiting = None
+            if not served.batcher.at_once(call, others=bool(self.connections.arriving)):
+                await served.batcher.wait(call)
+            connection.waiting = None
+            if call.error is not None:
+                raise call.error
             resumed = time.monotonic_ns()
-            accepted = headers.get("Accept-Encoding", "")
-            if large or sum(values.nbytes for values in call.results.values()) > INLINE_BODY:
+            accepted = headers.get(hdrs.ACCEPT_ENCODING, "")
+            if large or (call.rows > 1 and sum(values.nbytes for values in call.results.values()) > INLINE_BODY):
                 loop = asyncio.get_running_loop()
                 content, more, media = await loop.run_in_executor(
                     self._large, _serialised, served.model, version, call, accepted
@@ -302,13 +313,11 @@ class Service:
             refused = self._refuse(request, error)
             counts.failed(refused.status, time.monotonic_ns() - begun)
             return refused
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # its rows are out of the queue, too
             counts.failed(CLIENT_GONE, time.monotonic_ns() - begun)
             raise
         serialised = time.monotonic_ns()
-        of = stages(
-            Stamps(begun, read, call.parsed_ns, call.started_ns, call.joined_ns, call.computed_ns, resumed, serialised)
-        )
+        of = stages(begun, read, call.parsed_ns, call.started_ns, call.joined_ns, call.computed_ns, resumed, serialised)
         counts.succeeded(call.rows, of)
         if self._timing:
             more["Server-Timing"] = header(of)
@@ -390,7 +399,7 @@ def _serialised(model: Model, version: str, call: Call, accepted: str) -> tuple[
     content, encoding = packed(made.body, accepted)
     headers, media = {}, "application/json"
     if made.json_bytes is not None:
-        headers, media = {"Inference-Header-Content-Length": str(made.json_bytes)}, "application/octet-stream"
+        headers, media = {JSON_BYTES: str(made.json_bytes)}, "application/octet-stream"
     if encoding is not None:
         headers["Content-Encoding"] = encoding
     return content, headers, media

@@ -35,7 +35,8 @@ class Failed(Exception):
 
 
 class Call:
-    """The rows of one request on their way through the model; at the end it has `results`, or an `error`."""
+    """The rows of one request on their way through the model; at the end it has `results`, or an `error`: BadInput
+    where the model raised that, Expired or Failed."""
 
     __slots__ = ("computed_ns", "error", "future", "joined_ns", "key", "parsed_ns", "request", "results", "rows",
                  "started_ns")  # fmt: skip
@@ -139,30 +140,29 @@ class Batcher:
         cost = self.costs.ns(rows)
         return cost is not None and cost < INLINE_NS
 
-    async def run(self, call: Call, others: bool) -> None:
-        """Have the call made; `others` says that more requests are arriving, which may share it.
+    def at_once(self, call: Call, others: bool) -> bool:
+        """Make the call, where nothing is gained by waiting; `others` says that more requests are arriving."""
+        if self._waiting or self._running or self._delay_s or (others and self.joins) or not self.inline(call.rows):
+            return False
+        self._finish((call,), self._call_inline((call,)))
+        return True
 
-        Raises Busy, Expired, Failed, and BadInput where the model does.
-        """
+    async def wait(self, call: Call) -> None:
+        """Queue the call until it has been made. Raises Busy."""
         idle = not self._waiting and not self._running
-        if idle and not (others and self.joins) and not self._delay_s and self.inline(call.rows):
-            self._finish((call,), self._call_inline((call,)))
-        else:
-            if not idle and self.waiting_rows + call.rows > self._limits.max_queue:
-                raise Busy(f"model {self._model.name} has at most {self._limits.max_queue} rows waiting; "
-                           f"{self.waiting_rows} wait already")  # fmt: skip
-            call.future = asyncio.get_running_loop().create_future()
-            self._waiting.append(call)
-            self.waiting_rows += call.rows
-            self._schedule()
-            try:
-                await call.future
-            except asyncio.CancelledError:
-                if call in self._waiting:
-                    self._leave((call,))
-                raise
-        if call.error is not None:
-            raise call.error
+        if not idle and self.waiting_rows + call.rows > self._limits.max_queue:
+            raise Busy(f"model {self._model.name} has at most {self._limits.max_queue} rows waiting; "
+                       f"{self.waiting_rows} wait already")  # fmt: skip
+        call.future = asyncio.get_running_loop().create_future()
+        self._waiting.append(call)
+        self.waiting_rows += call.rows
+        self._schedule()
+        try:
+            await call.future
+        except asyncio.CancelledError:
+            if call in self._waiting:
+                self._leave((call,))
+            raise
 
     def _schedule(self) -> None:
         """See to it that what waits is looked at: in the next turn, or when the delay is over or a batch is full."""
@@ -262,7 +262,8 @@ class Batcher:
 
     def _finish(self, calls: Sequence[Call], error: BaseException | None) -> None:
         if error is None:
-            rows, one = sum(call.rows for call in calls), calls[0]
+            one = calls[0]
+            rows = one.rows if len(calls) == 1 else sum(call.rows for call in calls)
             self.costs.seen(rows, one.computed_ns - one.joined_ns)
             self._calls.add(rows, one.joined_ns - one.started_ns, one.computed_ns - one.joined_ns)
         elif len(calls) > 1:  # each by itself, so that only the culprit fails

@@ -81,6 +81,10 @@ class Connection(web.RequestHandler):
                 self._begun_ns = self._book.arriving[self] = now
         super().data_received(data)
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        if self._reading_paused:  # aiohttp asks after every body, and would parse nothing once more
+            super().resume_reading(resume_parser)
+
     def whole(self) -> int:
         """The request that is handled has arrived; returns when its first byte did (now, if that came with the
         request before it)."""
@@ -91,6 +95,10 @@ class Connection(web.RequestHandler):
     @property
     def stopping(self) -> bool:
         return self._book.stopping
+
+    @property
+    def send_timeout(self) -> float:
+        return self._book.limits.send_timeout
 
     def cut(self, status: int, text: str) -> None:
         """Say why, and close."""

@@ -74,15 +74,16 @@ class Requests:
         self.total = Histogram()
         self.write = Histogram()
         self.stages = tuple(Histogram() for _ in STAGES)
+        self._all = (*self.stages, self.total)
         self.rows = 0
         self.statuses: Counter[int] = Counter()
         self._failed_ns = 0
         self._last_ms = 0
 
     def succeeded(self, rows: int, of: Stages) -> None:
-        for histogram, ns in zip(self.stages, of, strict=False):  # all but the total
-            histogram.add(ns)
-        self.total.add(of.total)
+        for histogram, ns in zip(self._all, of, strict=True):
+            histogram.counts[bisect_left(BOUNDS_NS, ns)] += 1  # as `add` does, which would be a call for each
+            histogram.sum += ns
         self.rows += rows
         self.statuses[200] += 1
         self._last_ms = time.time_ns() // 1_000_000

@@ -6,6 +6,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +48,26 @@ class Request(NamedTuple):
         return Batch(self.inputs, self.parameters, tuple(output.name for output in self.outputs))
 
 
+class _Known(NamedTuple):
+    """What a model says of itself, as requests need it."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    plain: tuple[Output, ...]  # wanted where a request names none: in JSON, or in binary
+    binary: tuple[Output, ...]
+
+
+@lru_cache
+def _known(model: Model) -> _Known:
+    named = [tensor.name for tensor in model.outputs if not tensor.on_request]
+    return _Known(
+        {tensor.name: tensor for tensor in model.inputs},
+        {tensor.name: tensor for tensor in model.outputs},
+        tuple(Output(name, False) for name in named),
+        tuple(Output(name, True) for name in named),
+    )
+
+
 class Response(NamedTuple):
     """A body; `json_bytes` of it are JSON and the rest are tensors, or it is None and all is JSON."""
 
@@ -63,7 +84,7 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
     if length == 0:
         return _bare(body, model)
     try:
-        message = orjson.loads(memoryview(body)[:length])
+        message = orjson.loads(body if length is None else memoryview(body)[:length])
     except orjson.JSONDecodeError as error:
         raise BadInput(f"wanted a JSON body; it could not be parsed: {error}") from None
     if not isinstance(message, dict):
@@ -72,16 +93,19 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
     if identifier is not None and not isinstance(identifier, str):
         raise BadInput(f"wanted a string for id; found {kind(identifier)}")
     parameters = dict(_object(message, "parameters"))
-    all_binary = _flag(parameters.pop("binary_data_output", False), "binary_data_output")
-    hints = {name: parameters.pop(name, 0) for name in HINTS} if parameters else {}
-    for name, value in hints.items():
-        if type(value) is not int or value < 0:
-            raise BadInput(f"wanted a whole number, 0 or more, for {name}; found {short(value)}")
-    model.check(parameters)
+    all_binary, timeout_us = False, 0
+    if parameters:
+        all_binary = _flag(parameters.pop("binary_data_output", False), "binary_data_output")
+        hints = [parameters.pop(name, 0) for name in HINTS]
+        for name, value in zip(HINTS, hints, strict=True):
+            if type(value) is not int or value < 0:
+                raise BadInput(f"wanted a whole number, 0 or more, for {name}; found {short(value)}")
+        timeout_us = hints[0]
+        model.check(parameters)
     outputs = _outputs(message.get("outputs"), model, all_binary)
     tail = None if length is None else memoryview(body)[length:]
     inputs = _inputs(message.get("inputs"), model, tail)
-    return Request(identifier, inputs, parameters, outputs, hints.get("timeout", 0))
+    return Request(identifier, inputs, parameters, outputs, timeout_us)
 
 
 def _length(header: str | None, most: int) -> int | None:
@@ -108,14 +132,16 @@ def _bare(body: bytes, model: Model) -> Request:
 
 
 def _inputs(inputs: Any, model: Model, tail: memoryview | None) -> dict[str, Array]:
-    known = {tensor.name: tensor for tensor in model.inputs}
-    if not isinstance(inputs, list) or not all(isinstance(one, dict) for one in inputs):
+    known = _known(model).inputs
+    if not isinstance(inputs, list):
         raise BadInput(f"model {model.name} wants a list of objects for inputs; found {kind(inputs)}")
     if len(inputs) != len(known):
         raise BadInput(f"model {model.name} wants the inputs {', '.join(known)}; found {len(inputs)} of them")
     found: dict[str, Array] = {}
     start = 0
     for tensor in inputs:
+        if not isinstance(tensor, dict):
+            raise BadInput(f"model {model.name} wants objects for inputs; found {kind(tensor)}")
         name = tensor.get("name")
         if not isinstance(name, str) or name not in known or name in found:
             raise BadInput(f"model {model.name} wants the inputs {', '.join(known)}, each once; found {short(name)}")
@@ -125,7 +151,8 @@ def _inputs(inputs: Any, model: Model, tail: memoryview | None) -> dict[str, Arr
             tensors.shape(tensor.get("shape"), wanted, model.takes_empty),
         )
         parameters = _object(tensor, "parameters")
-        _no_shared_memory(parameters)
+        if parameters:
+            _no_shared_memory(parameters)
         if "binary_data_size" not in parameters:
             if "data" not in tensor:
                 raise BadInput(f"input {name!r} has neither data nor the parameter binary_data_size")
@@ -143,6 +170,8 @@ def _inputs(inputs: Any, model: Model, tail: memoryview | None) -> dict[str, Arr
         start += count
     if tail is not None and start != len(tail):
         raise BadInput(f"the inputs take {start} bytes after the JSON; found {len(tail)}")
+    if len(known) == 1:
+        return found
     rows = {name: len(found[name]) for name, tensor in known.items() if tensor.shape[0] == -1}
     if len(set(rows.values())) > 1:
         counts = ", ".join(f"{count} of {name!r}" for name, count in rows.items())
@@ -151,15 +180,15 @@ def _inputs(inputs: Any, model: Model, tail: memoryview | None) -> dict[str, Arr
 
 
 def _outputs(outputs: Any, model: Model, all_binary: bool) -> tuple[Output, ...]:
-    known = tuple(tensor.name for tensor in model.outputs)
+    known = _known(model).outputs
     if outputs is None or outputs == []:
-        return tuple(Output(tensor.name, all_binary) for tensor in model.outputs if not tensor.on_request)
+        return _known(model).binary if all_binary else _known(model).plain
     if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
         raise BadInput(f"wanted a list of objects for outputs; found {kind(outputs)}")
     wanted: dict[str, Output] = {}
     for output in outputs:
         name, parameters = output.get("name"), _object(output, "parameters")
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise BadInput(f"model {model.name} gives {', '.join(known)}; the output {short(name)} is unknown")
         if name in wanted:
             raise BadInput(f"wanted each output once; found {name} twice")
@@ -191,18 +220,17 @@ def _no_shared_memory(parameters: Mapping[str, Any]) -> None:
 def check_results(model: Model, batch: Batch, results: Mapping[str, Array]) -> None:
     """Raise BadOutput where an output that is wanted is missing, or has not the data type and shape that it should."""
     rows = len(next(iter(batch.inputs.values())))
-    for name, datatype, shape, _ in model.outputs:
-        if name not in batch.outputs:
-            continue
-        values = results.get(name)
+    known = _known(model).outputs
+    for name in batch.outputs:
+        values, (_, datatype, shape, _) = results.get(name), known[name]
         wanted = (rows, *shape[1:]) if shape[0] == -1 else shape
-        if not isinstance(values, np.ndarray) or values.dtype != tensors.DTYPES[datatype] or len(shape) != values.ndim:
-            fits = False
+        if not isinstance(values, np.ndarray):
+            found = type(values).__name__
+        elif values.dtype == tensors.DTYPES[datatype] and tensors.fits(values.shape, wanted):
+            continue
         else:
-            fits = all(size in (-1, found) for size, found in zip(wanted, values.shape, strict=True))
-        if not fits:
-            found = f"{values.dtype} {list(values.shape)}" if isinstance(values, np.ndarray) else type(values).__name__
-            raise BadOutput(f"model {model.name} should give {name} as {datatype} {list(wanted)}; found {found}")
+            found = f"{values.dtype} {list(values.shape)}"
+        raise BadOutput(f"model {model.name} should give {name} as {datatype} {list(wanted)}; found {found}")
 
 
 def response(model: Model, version: str, request: Request, results: Mapping[str, NDArray[Any]]) -> Response:

@@ -1,6 +1,7 @@
 """Tensors of the Open Inference Protocol: data types, shapes, values in JSON or as bytes, little-endian, row-major."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,15 @@ def taken(datatype: str) -> list[str]:
     return [name for name, found in DTYPES.items() if fits(found)]
 
 
+# Of values in JSON, as NumPy reads them, by the kind of what they become.
+KINDS = {"b": "b", "f": "iuf", "i": "iu", "u": "iu"}
 TAKEN = {datatype: taken(datatype) for datatype in DTYPES}
+
+
+def no_warnings() -> None:
+    """NumPy warns of values that become infinity here, of which clients are told. Once per thread: a context manager
+    around each conversion would take longer than that."""
+    np.seterr(over="ignore")
 
 
 def datatype(value: Any, wanted: Tensor) -> np.dtype[Any]:
@@ -44,18 +53,26 @@ def datatype(value: Any, wanted: Tensor) -> np.dtype[Any]:
 
 def shape(value: Any, wanted: Tensor, empty: bool = False) -> tuple[int, ...]:
     """The shape that a request says; `empty`: whether it may be one without rows."""
-    least = 0 if empty else 1
-    fits = (
-        isinstance(value, list)
-        and len(value) == len(wanted.shape)
-        and all(type(size) is int and size >= 1 for size in value[1:])
-        and all(type(size) is int and size >= least for size in value[:1])
-        and all(known in (-1, size) for size, known in zip(value, wanted.shape, strict=True))
-    )
-    if not fits:
-        more = "" if empty else ", 1 row or more"
-        raise BadInput(f"input {wanted.name!r} wants a shape like {list(wanted.shape)}{more}; found {short(value)}")
-    return tuple(value)
+    if isinstance(value, list) and fits(value, wanted.shape):
+        least = 0 if empty else 1
+        for size in value:
+            if type(size) is not int or size < least:
+                break
+            least = 1  # only rows may be none
+        else:
+            return tuple(value)
+    more = "" if empty else ", 1 row or more"
+    raise BadInput(f"input {wanted.name!r} wants a shape like {list(wanted.shape)}{more}; found {short(value)}")
+
+
+def fits(found: Sequence[Any], wanted: tuple[int, ...]) -> bool:
+    """Whether `found` is one of the shapes that `wanted` stands for."""
+    if len(found) != len(wanted):
+        return False
+    for size, known in zip(found, wanted, strict=True):  # noqa: SIM110 (a generator takes twice as long)
+        if known not in (-1, size):
+            return False
+    return True
 
 
 def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Tensor, finite: bool = True) -> Array:
@@ -72,16 +89,15 @@ def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Te
     if values.shape not in ((count,), size):
         raise BadInput(f"input {name!r} of shape {list(size)} wants {count} values, flat or in that shape; found "
                        f"data of shape {list(values.shape)}")  # fmt: skip
-    kinds = {"b": "b", "f": "iuf"}.get(dtype.kind, "iu")
-    if values.dtype.kind not in kinds:
+    if values.dtype.kind not in KINDS[dtype.kind]:
         noun = {"b": "true or false", "f": "numbers"}.get(dtype.kind, "whole numbers")
         raise BadInput(f"input {name!r} of {NAMES[dtype]} wants {noun}; found other values among its data")
     if dtype.kind in "iu" and count:
         bounds = np.iinfo(dtype)
         if int(values.min()) < bounds.min or int(values.max()) > bounds.max:
             raise BadInput(f"input {name!r} wants values from {bounds.min} to {bounds.max}; found others")
-    with np.errstate(over="ignore"):  # becomes infinity, which is refused below
-        return _as_wanted(values.astype(dtype), size, wanted, finite)
+    # What is too large becomes infinity, of which NumPy would warn, and is refused in the next step.
+    return _as_wanted(values.astype(dtype, copy=False), size, wanted, finite)
 
 
 def _whole(data: Any, values: Array) -> Array:
@@ -102,7 +118,11 @@ def from_bytes(data: bytes, dtype: np.dtype[Any], size: tuple[int, ...], wanted:
 
 
 def _as_wanted(values: NDArray[Any], size: tuple[int, ...], wanted: Tensor, finite: bool = True) -> Array:
-    if values.dtype.kind == "f" and finite and not np.isfinite(values).all():
+    if (
+        values.dtype.kind == "f"
+        and finite
+        and not (math.isfinite(np.add.reduce(values, None)) or np.isfinite(values).all())
+    ):
         raise BadInput(f"input {wanted.name!r} wants values that are finite in {NAMES[values.dtype]}; found others")
     return values.astype(DTYPES[wanted.datatype], copy=False).reshape(size)
 

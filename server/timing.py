@@ -6,20 +6,6 @@ STAGES = ("read", "parse", "queue", "batch", "compute", "serialise")
 _HEADER = ", ".join(f"{stage};dur=%.6f" for stage in (*STAGES, "total"))
 
 
-class Stamps(NamedTuple):
-    """time.monotonic_ns at: the first byte in user space, the whole body in the handler's hands, its tensors, the start
-    of the batch, its inputs joined, its outputs, the handler's turn to go on, the answer's body."""
-
-    arrived: int
-    read: int
-    parsed: int
-    started: int
-    joined: int
-    computed: int
-    resumed: int
-    serialised: int
-
-
 class Stages(NamedTuple):
     """Nanoseconds. `queue` is all waiting for a turn, before the model and after it; the six parts sum to `total`."""
 
@@ -32,8 +18,11 @@ class Stages(NamedTuple):
     total: int
 
 
-def stages(at: Stamps) -> Stages:
-    arrived, read, parsed, started, joined, computed, resumed, serialised = at
+def stages(
+    arrived: int, read: int, parsed: int, started: int, joined: int, computed: int, resumed: int, serialised: int
+) -> Stages:
+    """From time.monotonic_ns at: the first byte in user space, the whole body in the handler's hands, its tensors, the
+    start of the batch, its inputs joined, its outputs, the handler's turn to go on, the answer's body."""
     return Stages(
         read - arrived,
         parsed - read,
@@ -47,4 +36,5 @@ def stages(at: Stamps) -> Stages:
 
 def header(of: Stages) -> str:
     """The value of Server-Timing, in milliseconds (https://www.w3.org/TR/server-timing/)."""
-    return _HEADER % tuple(ns / 1e6 for ns in of)
+    read, parse, queue, batch, compute, serialise, total = of
+    return _HEADER % (read / 1e6, parse / 1e6, queue / 1e6, batch / 1e6, compute / 1e6, serialise / 1e6, total / 1e6)
