@@ -20,6 +20,7 @@ from loadtest import _models
 PLANS = Path(__file__).resolve().parent.parent / "plans"
 MODELS = ("knn", "dnn", "null")  # where a plan names none
 EMULATED_TIMEOUT_S = 60.0
+MOST = 10**6  # of anything that a plan counts: more is a slip of the keyboard, which would fill a disk
 _LOAD = re.compile(r"closed-([1-9][0-9]{0,3})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,30}")
 
@@ -112,12 +113,11 @@ def read(path: Path | None, *, quick: bool = False) -> Plan:
     if path is None:
         path = PLANS / ("quick.toml" if quick else "full.toml")
     try:
-        text = path.read_text()
+        text = path.read_bytes().decode()
+        values = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"the plan {path} could not be read: {error.strerror}") from error
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
         raise UsageError(f"the plan {path} is not TOML: {error}") from error
     _check_keys(path, text, values)
     try:
@@ -273,6 +273,8 @@ def _validate_values(plan: Plan) -> None:
     for load in plan.loads:
         if not _LOAD.fullmatch(load):
             raise UsageError(f"unknown load {load!r}; wanted closed-N, N connections")
+    if len(set(plan.loads)) < len(plan.loads):
+        raise UsageError(f"the plan names a load twice: {', '.join(plan.loads)}")
     for job in plan.jobs:
         if job.job not in ("knn", "dnn"):
             raise UsageError(f"unknown job {job.job!r}{_nearest(job.job, ('knn', 'dnn'))}")
@@ -290,16 +292,18 @@ def _validate_values(plan: Plan) -> None:
     for job in plan.jobs:
         counts |= {f"{job.job}.{key}": getattr(job, key) for key in ("repeats", "rows", "epochs", "emulated_rows")}
     for key, count in counts.items():
-        if count < 1:
-            raise UsageError(f"{key} is {count}; wanted at least 1")
+        if not 1 <= count <= MOST:
+            raise UsageError(f"{key} is {count}; wanted 1 to {MOST}")
     for key in ("block_s", "seconds", "emulated_seconds", "request_timeout_s"):
         value = getattr(plan, key)
         if not 0.05 <= value <= 86400:
             raise UsageError(f"{key} is {value:g}; wanted 0.05 to 86400 seconds")
     if not 0 <= plan.warmup_s < plan.seconds:
         raise UsageError(f"warmup_s is {plan.warmup_s:g}; wanted 0 or more, and less than seconds ({plan.seconds:g})")
-    if plan.check < 0 or plan.boot_timeout_s < 0:
-        raise UsageError("check and boot_timeout_s want 0 or more")
+    if not 0 <= plan.boot_timeout_s <= 86400:
+        raise UsageError(f"boot_timeout_s is {plan.boot_timeout_s:g}; wanted 0 (each kind's own) to 86400 seconds")
+    if plan.check < 0:
+        raise UsageError(f"check is {plan.check}; wanted 0 (never) or more")
     if not plan.models or not plan.loads:
         raise UsageError("the plan names no model or no load; wanted at least one of each")
 

@@ -90,10 +90,12 @@ def test_an_unknown_key_is_named_with_its_line(tmp_path: Path, text: str, line: 
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["seed = ", "seed = 'one'", "jobs = 3", "targets = [1]"])
+@pytest.mark.parametrize(
+    "text", ["seed = ", "seed = 'one'", "jobs = 3", "targets = [1]", "\udcff\udcfe", "x = " + "[" * 5000, "seed = 1\0"]
+)
 def test_nonsense_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "p.toml"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError) as caught:
         _plan.read(path)
     assert "\n" not in str(caught.value)
@@ -125,6 +127,10 @@ def test_a_plan_written_is_read_back_the_same(tmp_path: Path) -> None:
         (plan("process", seconds=1.0, warmup_s=1.0), "warmup_s"),
         (plan("process", schema=2), "schema"),
         (plan("process", jobs=(_plan.Job("knn", 0, 10),)), "knn.repeats is 0"),
+        (plan("process", jobs=(_plan.Job("knn", 1, 10**12),)), "knn.rows is 1000000000000; wanted 1 to 1000000"),
+        (plan("process", loads=("closed-1", "closed-1")), "names a load twice"),
+        (plan("process", boot_timeout_s=float("nan")), "boot_timeout_s is nan; wanted 0"),
+        (plan("process", check=-1), "check is -1; wanted 0"),
         (plan("process", only="serve"), "batch or load"),
     ],
 )
