@@ -106,17 +106,19 @@ def read(run: Path) -> Folder:
 def _head(run: Path) -> Folder:
     try:
         manifest = json.loads((run / "manifest.json").read_bytes())
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("versions", {}), dict):
+            raise ValueError("manifest.json is none of ours")
         found = manifest.get("schema")
         if found != SCHEMA:
             made_by = manifest.get("versions", {}).get("isolatency") or "unknown"
             raise UsageError(
-                f"{run} has schema {found}, this version reads {SCHEMA}: use the version that made it ({made_by})"
+                f"{run} has schema {found!r}, this version reads {SCHEMA}: use the version that made it ({made_by})"
             )
         targets = msgspec.json.decode((run / "targets.json").read_bytes(), type=list[Target])
         plan = msgspec.convert(tomllib.loads((run / "plan.toml").read_text()), Plan)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{run} is no run folder: {Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"the run folder {run} is damaged: {_one_line(error)}") from error
     return Folder(run, plan, manifest, targets)
 

@@ -194,6 +194,8 @@ def parse_target(text: str) -> dict[str, Option]:
             raise UsageError(f"the target {text!r} wants option=value, found {part!r}")
         if key not in types:
             raise UsageError(f"the target {text!r} has an unknown option {key!r}{_nearest(key, list(types))}")
+        if key in target:
+            raise UsageError(f"the target {text!r} gives {key} twice")
         target[key] = _convert(text, key, value.strip('"'), types[key])
     return target
 

@@ -43,6 +43,7 @@ def test_a_target_in_words(text: str, expected: dict[str, object]) -> None:
         ("dokcer", "nearest known one is 'docker'"),
         ("=docker", "empty name"),
         ("docker:cpu=1", "nearest known one is 'cpus'"),
+        ("docker:cpus=1,cpus=2", "gives cpus twice"),
         ("docker:cpus", "wants option=value, found 'cpus'"),
         ("docker:cpus=two", "whole number for cpus, found 'two'"),
         ("docker:spin_us=long", "wants a number for spin_us, found 'long'"),

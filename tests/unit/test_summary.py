@@ -238,6 +238,15 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path, name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("text", ["null", "[]", "3", '{"schema": 1, "versions": 3}', "[" * 100_000, '{"schema": "1"}'])
+def test_a_manifest_of_another_form_is_one_line(tmp_path: Path, text: str) -> None:
+    make(tmp_path, [target("a")])
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        summarise(tmp_path)
+    assert "\n" not in str(caught.value) and "object has no attribute" not in str(caught.value)
+
+
 def test_another_schema_and_no_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(IsolatencyError, match="is no run folder"):
         summarise(tmp_path)
