@@ -116,8 +116,8 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
         todo = phases(plan, settle_kvm(own, ledger))
         for phase in todo:
             _check_memory(phase, here)
-        count = f"{len(plan.targets)} target{'s' * (len(plan.targets) > 1)}"
-        show.say(f"{count}, {about(sum(estimate_s(plan, phase) for phase in todo))}")
+        named = f"{len(plan.targets)} target{'s' * (len(plan.targets) > 1)}"
+        show.say(f"{named}, {about(sum(estimate_s(plan, phase) for phase in todo))}")
         context = Context(ledger, images, cores, (), out, plan.boot_timeout_s or None, plan.internet)
         if own and "work" in plan.models and not (plan.work_iterations or dry):
             show.step(f"counting how many iterations of work take {plan.work_us:g} µs")
