@@ -72,14 +72,20 @@ def engine(ledger: Ledger, runtime: Path, data: Path) -> Iterator[Engine]:
 
 def _make(ledger: Ledger) -> tuple[str, ...]:
     """The places to hide; those that are not there are made, and go with the last sandbox."""
+    hidden = []
     with books.locked("mountpoints.lock"):
         others = [entry for owner in books.owners() for entry in owner.entries.values()]
         for place in map(str, HIDDEN):
             ours = {"kind": "mountpoint", "path": place}
             if ours in others or not os.path.lexists(place):
-                ledger.add(**ours)
-                Path(place).mkdir(parents=True, exist_ok=True)
-    return tuple(map(str, HIDDEN))
+                entry = ledger.add(**ours)
+                try:
+                    Path(place).mkdir(parents=True, exist_ok=True)
+                except OSError:  # a read-only system, where the engine cannot make it either
+                    ledger.remove(entry)
+                    continue
+            hidden.append(place)
+    return tuple(hidden)
 
 
 def _settings() -> dict[str, Any]:

@@ -64,7 +64,7 @@ def trial(images: Images, ledger: Ledger) -> bool:
     record = _record(images)
     for old in record.parent.glob("kvm-*.json"):
         old.unlink(missing_ok=True)
-    fresh = record.with_suffix(".part")
+    fresh = record.with_suffix(f".{ledger.id}.part")  # two may try at once
     fresh.write_text(json.dumps({"boots": boots, "said": said, "with": Path(str(argv[0])).name}))
     fresh.replace(record)
     return boots
