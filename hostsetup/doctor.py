@@ -25,6 +25,7 @@ TRY = "isolatency doctor --try"
 SANDBOX = "isolatency sandbox -- …"
 DOCKER = "unix:///var/run/docker.sock"
 TUN = Path("/dev/net/tun")
+APPARMOR = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 DISK_MIB = 3000
 MEMORY_MIB = 4096
 
@@ -122,11 +123,17 @@ def _rights() -> Check:
     """Tried, not guessed: namespaces as a target and a sandbox have them."""
     who = "root" if host_root() else "root of a user namespace" if os.geteuid() == 0 else "an ordinary user"
     if said := _fails([*_unshare(), "--mount", "--pid", "--fork", "--mount-proc", "true"]):
-        fix = "run as root" if os.geteuid() else "run on the machine itself, or in a privileged container"
+        fix = allow_namespaces() if os.geteuid() else "run on the machine itself, or in a privileged container"
         return Check("rights", False, f"{who}, who may not make namespaces ({said})", fix)
     if os.geteuid() == 0:
         return Check("rights", True, who)
     return Check("rights", True, f"{who}, with user namespaces: process, and uml and qemu in a sandbox")
+
+
+def allow_namespaces(switch: Path = APPARMOR) -> str:
+    """Ubuntu 24.04 has AppArmor forbid them to ordinary users, by a switch that holds until the next start."""
+    restricted = switch.exists() and switch.read_text().strip() != "0"
+    return "run as root" + f", or allow them: sudo sysctl kernel.{switch.name}=0" * restricted
 
 
 def _unshare() -> list[str]:

@@ -116,3 +116,12 @@ def test_kvm_is_believed_only_when_a_guest_has_booted(found: Findings) -> None:
         assert check.fix in ("isolatency doctor --try", "isolatency images build")
     else:
         assert list(store.cache_dir().glob("kvm-*.json"))
+
+
+def test_where_apparmor_forbids_user_namespaces_the_switch_is_named(tmp_path: Path) -> None:
+    switch = tmp_path / "apparmor_restrict_unprivileged_userns"
+    assert doctor.allow_namespaces(switch) == "run as root"
+    switch.write_text("1\n")
+    assert doctor.allow_namespaces(switch).endswith("sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0")
+    switch.write_text("0\n")
+    assert doctor.allow_namespaces(switch) == "run as root"
