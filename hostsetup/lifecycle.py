@@ -126,22 +126,26 @@ class Lifecycle(ABC):
             ready_s = time.monotonic() - self.started
             return self._endpoint(url, identity(url), ready_s, self._first_prediction(url))
         except IsolatencyError as error:
-            if not error.detail:
-                error.detail = self._tail()
-            self._stack.close()
+            self._give_up(error)
             raise
         except OSError as error:  # a full disk, for one
-            detail = self._tail()
-            self._stack.close()
             where = f" at {error.filename}" if error.filename else ""
-            raise TargetError(
-                f"{self.spec.name} could not be started: {error.strerror or error}{where}", detail=detail
-            ) from error
+            failure = TargetError(f"{self.spec.name} could not be started: {error.strerror or error}{where}")
+            self._give_up(failure)
+            raise failure from error
         except BaseException:  # Ctrl-C, for one: nobody is asked to end, which may take a guest half a minute
             with suppress(IsolatencyError), self._stack:  # what stays is in the ledger
                 for number in reversed(self._running):
                     self.context.ledger.remove(number)
             raise
+
+    def _give_up(self, error: IsolatencyError) -> None:
+        """Take down what was started; the user reads why it failed first, and then what could not be removed."""
+        error.detail = error.detail or self._tail()
+        try:
+            self._stack.close()
+        except IsolatencyError as left:  # it stays in the ledger, for `clean`
+            error.detail += f"\n{left}"
 
     def _endpoint(self, url: str, found: Any, ready_s: float, first_ms: float | None) -> Endpoint:
         return Endpoint(

@@ -17,7 +17,7 @@ from hostsetup.lifecycle import DeathError, Lifecycle, bare_environment, get, in
 from hostsetup.target import Context, Spec
 from hostsetup.url import Url
 from images import shell
-from images.errors import MissingError, TargetError
+from images.errors import IsolatencyError, MissingError, TargetError
 
 Answers = dict[str, tuple[int, bytes]]
 Serve = Callable[[Answers], str]
@@ -228,6 +228,21 @@ def test_an_interrupted_start_asks_nobody_to_end(serve: Serve, context: Context)
     with pytest.raises(KeyboardInterrupt):
         Slow(context, "exec sleep 600", serve(READY)).__enter__()
     assert alive == [False]
+    assert entries(context) == []
+
+
+def test_what_cannot_be_removed_does_not_hide_why_the_start_failed(context: Context) -> None:
+    class Stubborn(Command):
+        def _start(self) -> str:
+            def refuse() -> None:
+                raise IsolatencyError("the engine does not answer")
+
+            self._stack.callback(refuse)
+            return super()._start()
+
+    with pytest.raises(DeathError, match="ended with exit code 3") as caught:
+        Stubborn(context, "echo bad; exit 3", "http://127.0.0.1:9").__enter__()
+    assert caught.value.detail == "bad\nthe engine does not answer"
     assert entries(context) == []
 
 
