@@ -35,14 +35,15 @@ def scale(job: Job, rows: int) -> str:
     return f"{rows} rows" if job.job == "knn" else f"{rows} rows, {job.epochs} epoch{'s' * (job.epochs > 1)}"
 
 
-def run_jobs(plan: Plan, live: Sequence[Live], path: Path, progress: Callable[[str], None]) -> None:
-    """Run every job of the plan on `live` and append a row per repeat to `path` (batch.csv).
+def run_jobs(plan: Plan, live: Sequence[Live], path: Path, progress: Callable[[str], None], restart: int = 0) -> None:
+    """Run every job of the plan on `live`, those repeats that fall to this start, and append a row for each to `path`
+    (batch.csv).
 
     The host's time goes from the receipt of the answer that says the job is running to the receipt of the held
     answer that says it is done, so the way there and back cancels. Raises TargetError when a job fails.
     """
     emulated = live[0].endpoint.emulated
-    order_of = random.Random(f"{plan.seed} batch")
+    order_of = random.Random(f"{plan.seed} batch {restart}")
     new = not path.exists()
     with path.open("a", newline="") as file:
         rows = csv.writer(file)
@@ -50,7 +51,7 @@ def run_jobs(plan: Plan, live: Sequence[Live], path: Path, progress: Callable[[s
             rows.writerow(COLUMNS)
             file.flush()
         for job in plan.jobs:
-            for repeat in range(1 if emulated else job.repeats):
+            for repeat in (0,) if emulated else range(restart, job.repeats, plan.restarts):
                 order = list(live)
                 order_of.shuffle(order)
                 for place, one in enumerate(order):

@@ -36,6 +36,7 @@ def drive(
     cores: Sequence[int],
     bound_s: float,
     progress: Progress,
+    restart: int = 0,
 ) -> str:
     """Run `locust -f loadtest/locustfile.py` over `live`; it writes samples-PHASE.parquet and blocks-PHASE.csv.
 
@@ -52,7 +53,7 @@ def drive(
     ]  # fmt: skip
     log = folder / "logs" / f"locust-{phase}.log"
     try:
-        plan_file.write_bytes(msgspec.json.encode(plan.for_engine(phase, emulated)))
+        plan_file.write_bytes(msgspec.json.encode(plan.for_engine(phase, emulated, restart)))
         endpoints_file.write_bytes(msgspec.json.encode({"targets": [_endpoint(one) for one in live]}))
         with log.open("wb") as errors:
             process = shell.spawn(argv, env=environment, stdout=subprocess.PIPE, stderr=errors, cwd=folder / "logs")

@@ -36,7 +36,9 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is run. `seconds` is per cell (target × model × load); times in seconds, memory in MiB.
+    """What is run. `seconds` is per cell (target × model × load) and start; times in seconds, memory in MiB.
+
+    `restarts`: so often is every target started, but for emulated ones; the repeats of a job are spread over them.
 
     `primary`: the cells that verdicts are about, each MODEL:LOAD (none: knn:closed-1); `margin`: the difference that
     matters at p50 and at p99.
@@ -46,6 +48,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: int = 1
     seed: int = 1
     quick: bool = False
+    restarts: int = 1
     models: tuple[str, ...] = MODELS
     loads: tuple[str, ...] = ("closed-1", "closed-16")
     block_s: float = 1.0
@@ -86,10 +89,10 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             told += [f"--work-us={self.work_us}", f"--work-iterations={self.work_iterations}"]
         return told
 
-    def for_engine(self, phase: str, emulated: bool) -> dict[str, Any]:
-        """The plan as one Locust process reads it: one phase, its seconds and its time-out."""
+    def for_engine(self, phase: str, emulated: bool, restart: int = 0) -> dict[str, Any]:
+        """The plan as one Locust process reads it: one phase of one start, its seconds and its time-out."""
         values: dict[str, Any] = msgspec.to_builtins(self)
-        values["phase"] = phase
+        values |= {"phase": phase, "restart": restart}
         if emulated:
             values["seconds"] = self.emulated_seconds
             values["warmup_s"] = min(self.warmup_s, self.emulated_seconds / 4)
@@ -290,7 +293,7 @@ def _validate_values(plan: Plan) -> None:
         raise UsageError(f"only is {plan.only!r}; wanted batch or load")
     if not 0 <= plan.seed < 2**63:
         raise UsageError(f"seed is {plan.seed}; wanted a whole number from 0 to 2**63 - 1")
-    counts = {"rows": plan.rows, "threads": plan.threads}
+    counts = {"rows": plan.rows, "threads": plan.threads, "restarts": plan.restarts}
     for job in plan.jobs:
         counts |= {f"{job.job}.{key}": getattr(job, key) for key in ("repeats", "rows", "epochs", "emulated_rows")}
     for key, count in counts.items():

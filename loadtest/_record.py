@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from hostsetup.target import Endpoint, Spec
 from images.errors import IsolatencyError, NotComparableError
 from images.store import Images
 from loadtest import _manifest, _plan, _samples
@@ -41,6 +42,7 @@ class Record:
         self.errors: list[str] = []
         self.partial = True
         self.incomplete = False
+        self.restart = 0  # of what is noted from now on
         self._plan = plan
         self._cores = tuple(cores)
         self._targets: list[dict[str, Any]] = []
@@ -73,24 +75,45 @@ class Record:
         spec, endpoint = facts.spec, facts.endpoint
         if own := _manifest.own_parts(spec.options):
             self._manifest.setdefault("own_parts", {})[endpoint.name] = own
-        self._targets.append(
-            {
-                "name": endpoint.name, "label": endpoint.label, "kind": endpoint.kind, "accel": endpoint.accel,
-                "emulated": endpoint.emulated, "cpus": spec.cpus, "mem_mib": spec.mem_mib,
-                "cores": [] if endpoint.kind == "url" else list(self._cores[-spec.cpus :]),
-                "identity": endpoint.identity, "ready_s": endpoint.ready_s,
-                "first_prediction_ms": endpoint.first_prediction_ms, "host_memory_mib": None,
-                "options": dict(spec.options),
-                "caveats": [*endpoint.caveats, *parity.caveats],
-                "parity": {"differences": parity.differences},
-            }
-        )  # fmt: skip
+        start = {
+            "restart": self.restart, "ready_s": endpoint.ready_s, "first_prediction_ms": endpoint.first_prediction_ms,
+            "host_memory_mib": None,
+        }  # fmt: skip
+        known = next((target for target in self._targets if target["name"] == endpoint.name), None)
+        if known is not None:
+            known["starts"].append(start)
+            self._add(known["caveats"], [*endpoint.caveats, *parity.caveats])
+            self._add(known["parity"]["differences"], parity.differences)
+        else:
+            self._targets.append(self._described(spec, endpoint, parity) | {"starts": [start]})
+            places = {one.name: place for place, one in enumerate(self._plan.specs())}
+            self._targets.sort(key=lambda target: places.get(target["name"], len(places)))
         self.save()
         if parity.differences and not self._plan.allow_difference:
             raise NotComparableError(
                 f"parity is broken, nothing was compared: {'; '.join(parity.differences)}; "
                 "--allow-difference measures all the same and marks every table"
             )
+
+    @staticmethod
+    def _add(known: list[str], more: Sequence[str]) -> None:
+        known += [text for text in more if text not in known]
+
+    def _described(self, spec: Spec, endpoint: Endpoint, parity: Comparison) -> dict[str, Any]:
+        return {
+            "name": endpoint.name, "label": endpoint.label, "kind": endpoint.kind, "accel": endpoint.accel,
+            "emulated": endpoint.emulated, "cpus": spec.cpus, "mem_mib": spec.mem_mib,
+            "cores": [] if endpoint.kind == "url" else list(self._cores[-spec.cpus :]),
+            "identity": endpoint.identity, "ready_s": endpoint.ready_s,
+            "first_prediction_ms": endpoint.first_prediction_ms, "host_memory_mib": None,
+            "options": dict(spec.options),
+            "caveats": [*endpoint.caveats, *parity.caveats],
+            "parity": {"differences": list(parity.differences)},
+        }  # fmt: skip
+
+    def has(self, name: str) -> bool:
+        """Whether the target of that name has answered in this run."""
+        return any(target["name"] == name for target in self._targets)
 
     def memory(self, one: Live) -> None:
         """Sum of PSS over the target's processes on the host, in MiB; shared memory counts once in all.
@@ -108,10 +131,14 @@ class Record:
                 unread = True
         for target in self._targets:
             if target["name"] == one.endpoint.name:
-                target["host_memory_mib"] = round(sum(shares) / 2**20, 1) if shares and not unread else None
+                mib = round(sum(shares) / 2**20, 1) if shares and not unread else None
+                target["starts"][-1]["host_memory_mib"] = mib
+                if len(target["starts"]) == 1:
+                    target["host_memory_mib"] = mib
                 if unread:
-                    target["caveats"].append(
-                        "host memory unknown: this user may not read it of all its processes; run as root"
+                    self._add(
+                        target["caveats"],
+                        ["host memory unknown: this user may not read it of all its processes; run as root"],
                     )
         self.save()
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -39,11 +40,12 @@ SLOW_S = {"knn": 5, "dnn": 5}  # an emulated batch job, very roughly; said as "a
 
 @dataclass(frozen=True)
 class Phase:
-    """Targets that are up together: all that are not emulated, or one emulated one by itself."""
+    """Targets that are up together: all that are not emulated, in one of their starts, or an emulated one by itself."""
 
     name: str
     specs: tuple[Spec, ...]
     emulated: bool
+    restart: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,12 @@ def split_cores(cores: Sequence[int], cpus: int) -> tuple[tuple[int, ...], tuple
 def phases(plan: Plan, kvm_boots: bool) -> list[Phase]:
     """Emulated targets load the machine even when idle, so each is measured by itself, after the others are down."""
     emulated = [spec for spec in plan.specs() if KINDS[spec.kind].emulated(spec, kvm_boots)]
-    native = tuple(spec for spec in plan.specs() if spec not in emulated)
-    found = [Phase(NATIVE, native, False)] if native else []
+    native = [spec for spec in plan.specs() if spec not in emulated]
+    found = []
+    for restart in range(plan.restarts if native else 0):
+        # Shuffled: who starts first, and whose block comes first, is no property of a target.
+        order = random.Random(f"{plan.seed} start {restart}").sample(native, len(native)) if restart else native
+        found.append(Phase(f"{NATIVE}-{restart:03}" if plan.restarts > 1 else NATIVE, tuple(order), False, restart))
     return found + [Phase(spec.name, (spec,), True) for spec in emulated]
 
 
@@ -85,7 +91,7 @@ def estimate_s(plan: Plan, phase: Phase) -> float:
     if plan.only != "load":
         for job in plan.jobs:
             cost = 0.7 * job.rows / 569 if job.job == "knn" else 0.0008 * job.rows * job.epochs
-            batch += SLOW_S[job.job] if phase.emulated else (cost + 0.5) * job.repeats
+            batch += SLOW_S[job.job] if phase.emulated else (cost + 0.5) * job.repeats / plan.restarts
     return sum(START_S[spec.kind] + load + batch for spec in phase.specs)
 
 
@@ -237,8 +243,11 @@ def _measure(
     plan: Plan, phase: Phase, context: Context, record: Record, parity: _parity.Parity, show: Show, stack: ExitStack
 ) -> None:
     live: list[Live] = []
+    record.restart = phase.restart
     for spec in phase.specs:
-        show.step(f"starting {spec.name}")
+        if phase.restart and not record.has(spec.name):
+            continue  # it did not start the first time
+        show.step(f"starting {spec.name}" + f", start {phase.restart + 1} of {plan.restarts}" * (plan.restarts > 1))
         target = make(spec, context)
         try:
             live.append(Live(target, stack.enter_context(target)))
@@ -261,7 +270,7 @@ def _measure(
         bound_s = 120 + 5 * estimate_s(plan, phase)
         failed = drive(
             plan, phase.name, live, folder=record.path, ledger=context.ledger, cores=record.client_cores,
-            bound_s=bound_s, progress=lambda at: show.progress(at["done_s"], at["total_s"]),
+            bound_s=bound_s, progress=lambda at: show.progress(at["done_s"], at["total_s"]), restart=phase.restart,
         )  # fmt: skip
         if failed:
             record.error(IsolatencyError(f"{phase.name}: {failed}"), partial=False)
@@ -270,7 +279,7 @@ def _measure(
     if plan.only != "load":
         with_jobs = [one for one in live if one.endpoint.identity is not None and one.endpoint.kind != "url"]
         if with_jobs:
-            _batch.run_jobs(plan, with_jobs, record.path / "batch.csv", show.step)
+            _batch.run_jobs(plan, with_jobs, record.path / "batch.csv", show.step, phase.restart)
     show.step(f"taking down {', '.join(one.endpoint.label for one in live)}")
 
 

@@ -49,6 +49,7 @@ class Plan(msgspec.Struct, frozen=True):
     check: int
     warmup_s: float
     request_timeout_s: float
+    restart: int = 0
 
 
 class _Targets(msgspec.Struct, frozen=True):
@@ -171,7 +172,9 @@ class Session:
         host_us = _cpu.between_us(host_before, _cpu.read(turn.target.pids))
         if not len(block.raw) and engine.cut:
             return
-        where = Where(turn.target.name, turn.model, turn.load, 0, turn.round, turn.block, 0, turn.warmup)
+        where = Where(
+            turn.target.name, turn.model, turn.load, self.plan.restart, turn.round, turn.block, 0, turn.warmup
+        )
         self._blocks.add(where, block.start_ns, block.end_ns, block.drained_ns, host_us, client_us)
         self._samples.add(_samples.table(block.raw, where))
         self._count(turn, block)

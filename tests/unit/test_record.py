@@ -307,3 +307,18 @@ def test_a_disk_that_is_full_at_the_end_costs_no_figure(tmp_path: Path) -> None:
     assert found["ended"] and found["partial"] and f"error: {found['errors'][0]}\n" == done.stdout
     again = summarise(run)
     assert again.partial and again.cells[0].requests == 79 * 5000
+
+
+def test_every_start_is_noted_and_the_plans_order_stays(tmp_path: Path) -> None:
+    record = recorder(
+        tmp_path, targets=({"name": "a", "kind": "process"}, {"name": "b", "kind": "process"}), restarts=2
+    )
+    for restart, names in enumerate(("ba", "ab")):
+        record.restart = restart
+        for name in names:
+            note(record, live(name, caveats=("memory unlimited",)))
+            record.memory(live(name))
+    a, b = targets(tmp_path)
+    assert (a["name"], b["name"]) == ("a", "b") and record.has("a") and not record.has("c")
+    assert [start["restart"] for start in a["starts"]] == [0, 1] and a["caveats"] == ["memory unlimited"]
+    assert a["ready_s"] == a["starts"][0]["ready_s"]

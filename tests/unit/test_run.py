@@ -39,3 +39,19 @@ def test_a_flag_of_zero_is_a_flag() -> None:
     with pytest.raises(UsageError, match=r"seed is -1; wanted"):
         _plan.validate(_keep.choose(plan("process"), (), {"seed": -1}, print), Machine((0,), 4096))
     assert _keep.choose(plan("process", allow_difference=True), (), {"allow_difference": None}, print).allow_difference
+
+
+def test_each_start_is_a_phase_of_its_own_in_shuffled_order_and_emulated_ones_run_once() -> None:
+    wanted = plan("process", "docker", "b=process", "qemu", restarts=20)
+    found = _run.phases(wanted, kvm_boots=False)
+    native, emulated = found[:-1], found[-1]
+    assert [phase.restart for phase in native] == list(range(20)) and (emulated.name, emulated.restart) == ("qemu", 0)
+    assert len({phase.name for phase in found}) == 21
+    orders = [tuple(spec.name for spec in phase.specs) for phase in native]
+    assert all(sorted(order) == ["b", "docker", "process"] for order in orders)
+    assert {order[0] for order in orders} == {"b", "docker", "process"}
+    assert found == _run.phases(wanted, kvm_boots=False)
+    assert orders != [
+        tuple(s.name for s in p.specs)
+        for p in _run.phases(plan("process", "docker", "b=process", restarts=20, seed=2), False)
+    ]
