@@ -74,7 +74,7 @@ class Service:
         self, models: Sequence[Model], limits: Limits, *, label: str | None, jobs: Jobs | None, timing: bool
     ) -> None:
         tensors.no_warnings()
-        watch = Watch(limits.model_timeout)
+        watch = Watch()
         self._served = {model.name: _Served(model, limits, watch) for model in models}
         self._limits, self._label, self._jobs, self._timing = limits, label, jobs, timing
         self._metrics = Exposition()
@@ -148,7 +148,7 @@ class Service:
             return content.read_nowait()
         return await request.read()
 
-    def _refuse(self, request: web.BaseRequest, error: Exception) -> Answer:
+    def _refuse(self, request: web.BaseRequest, error: BaseException) -> Answer:
         """Every error is {"error": "…"} and nothing else."""
         refused = self._refusal(request, error)
         self._metrics.errors[refused.status] += 1
@@ -167,7 +167,7 @@ class Service:
                 return handler, match.groupdict()
         raise _Refused(f"there is nothing at {request.path}")
 
-    def _refusal(self, request: web.BaseRequest, error: Exception) -> Answer:
+    def _refusal(self, request: web.BaseRequest, error: BaseException) -> Answer:
         match error:
             case BadInput():
                 return refusal(400, str(error))
@@ -184,7 +184,7 @@ class Service:
             case web.RequestPayloadError():
                 return refusal(400, f"the body could not be read: {error}")
             case ConnectionError():
-                return refusal(400, "the client is gone")
+                return refusal(CLIENT_GONE, "the client is gone")
         mark = uuid.uuid4().hex[:8]
         reason = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
         log(f"error {mark}: {request.method} {request.path}: {reason}", "error")
@@ -256,7 +256,7 @@ class Service:
         if _object(body).get("parameters"):
             raise BadInput("a model is loaded as it was named at the start; found parameters that would change it")
         if not found.loaded:
-            await asyncio.get_running_loop().run_in_executor(self._large, found.model.load)
+            await found.batcher.load()
             found.loaded = True
         return answer({})
 
@@ -291,6 +291,8 @@ class Service:
             if large:
                 loop = asyncio.get_running_loop()
                 wanted = await loop.run_in_executor(self._large, protocol.parse, body, served.model, json_bytes)
+                if request.transport is None:
+                    raise ConnectionResetError
             else:
                 wanted = protocol.parse(body, served.model, json_bytes)
             call = Call(wanted, time.monotonic_ns())
@@ -309,7 +311,7 @@ class Service:
                 )
             else:
                 content, more, media = _serialised(served.model, version, call, accepted)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a model's check may try to end the program
             refused = self._refuse(request, error)
             counts.failed(refused.status, time.monotonic_ns() - begun)
             return refused

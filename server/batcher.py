@@ -38,14 +38,15 @@ class Call:
     """The rows of one request on their way through the model; at the end it has `results`, or an `error`: BadInput
     where the model raised that, Expired or Failed."""
 
-    __slots__ = ("computed_ns", "error", "future", "joined_ns", "key", "parsed_ns", "request", "results", "rows",
-                 "started_ns")  # fmt: skip
+    __slots__ = ("alone", "computed_ns", "error", "future", "joined_ns", "key", "parsed_ns", "request", "results",
+                 "rows", "started_ns")  # fmt: skip
 
     def __init__(self, request: protocol.Request, parsed_ns: int) -> None:
         self.request = request
         self.parsed_ns = parsed_ns
         self.rows = len(next(iter(request.inputs.values())))
         self.key: object = repr(sorted(request.parameters.items())) if request.parameters else ""
+        self.alone = False  # its call did not return soon, so it is made by itself, in a thread
         self.future: asyncio.Future[None] | None = None
         self.results: Mapping[str, Array] = {}
         self.error: Exception | None = None
@@ -105,7 +106,7 @@ class Batcher:
                 self._model.warm_up()
                 if self.joins:
                     self._learn()
-            except Exception as error:
+            except BaseException as error:  # SystemExit and all: a model does not end the server
                 said.append(f"{type(error).__name__}: {error}")
             finally:
                 over.set()
@@ -144,7 +145,11 @@ class Batcher:
         """Make the call, where nothing is gained by waiting; `others` says that more requests are arriving."""
         if self._waiting or self._running or self._delay_s or (others and self.joins) or not self.inline(call.rows):
             return False
-        self._finish((call,), self._call_inline((call,)))
+        error = self._call_inline((call,))
+        if isinstance(error, Overdue):
+            call.alone = True
+            return False
+        self._finish((call,), error)
         return True
 
     async def wait(self, call: Call) -> None:
@@ -181,7 +186,7 @@ class Batcher:
         calls = self._take()
         if not calls:
             return
-        if self.inline(sum(call.rows for call in calls)):
+        if not calls[0].alone and self.inline(sum(call.rows for call in calls)):
             self._finish(calls, self._call_inline(calls))
             return
         loop = asyncio.get_running_loop()
@@ -232,13 +237,13 @@ class Batcher:
             self.waiting_rows -= call.rows
 
     def _call_inline(self, calls: Sequence[Call]) -> BaseException | None:
-        self._watch.since_ns = time.monotonic_ns()
         try:
-            return self._call(calls)
-        except Overdue as error:  # as the call had ended already
-            return error
-        finally:
-            self._watch.since_ns = 0
+            self._watch.since_ns = time.monotonic_ns()
+            error = self._call(calls)
+            self._watch.since_ns = 0  # inside, since the signal may come until then
+        except Overdue as late:
+            return late
+        return error
 
     def _call(self, calls: Sequence[Call]) -> BaseException | None:
         """One call of the model for all of them; returns what it raised."""
@@ -254,9 +259,9 @@ class Batcher:
         row = 0
         for call in calls:
             call.started_ns, call.joined_ns, call.computed_ns = started, joined, computed
-            call.results = results
+            call.results = {name: results[name] for name, _ in call.request.outputs}
             if len(calls) > 1:
-                call.results = {name: values[row : row + call.rows] for name, values in results.items()}
+                call.results = {name: values[row : row + call.rows] for name, values in call.results.items()}
                 row += call.rows
         return None
 
@@ -266,16 +271,14 @@ class Batcher:
             rows = one.rows if len(calls) == 1 else sum(call.rows for call in calls)
             self.costs.seen(rows, one.computed_ns - one.joined_ns)
             self._calls.add(rows, one.joined_ns - one.started_ns, one.computed_ns - one.joined_ns)
-        elif len(calls) > 1:  # each by itself, so that only the culprit fails
+        elif len(calls) > 1 or isinstance(error, Overdue):  # each by itself, so that only the culprit fails
             for call in reversed(calls):
-                call.key = call
+                call.key, call.alone = call, len(calls) == 1
                 self._waiting.appendleft(call)
                 self.waiting_rows += call.rows
             calls = ()
-        elif isinstance(error, BadInput):
+        elif isinstance(error, BadInput | Failed):
             calls[0].error = error
-        elif isinstance(error, Overdue):
-            calls[0].error = Failed(self._no_return())
         else:
             calls[0].error = Failed(f"{type(error).__name__}: {error}")
         for call in calls:
@@ -286,7 +289,36 @@ class Batcher:
         if self._running is calls:
             self._running = ()
             self._replace_worker()
-            self._finish(calls, Overdue())
+            self._finish(calls, Failed(self._no_return()))
+
+    async def load(self) -> None:
+        """Have the model loaded again. Raises Failed."""
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[str | None] = loop.create_future()
+
+        def done(wrong: str | None) -> None:
+            if not over.done():
+                over.set_result(wrong)
+
+        def work() -> None:
+            wrong = None
+            try:
+                self._model.load()
+            except BaseException as error:
+                wrong = f"{type(error).__name__}: {error}"
+            loop.call_soon_threadsafe(done, wrong)
+
+        worker = Worker(f"load {self._model.name}")
+        worker.submit(work)
+        try:
+            async with asyncio.timeout(self._limits.model_timeout):
+                wrong = await over
+        except TimeoutError:
+            wrong = self._no_return()
+        finally:
+            worker.abandon()
+        if wrong is not None:
+            raise Failed(wrong)
 
     def _replace_worker(self) -> None:
         self._worker.abandon()

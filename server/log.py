@@ -11,6 +11,7 @@ _as_json = False
 
 
 def log(line: str, level: str = "info") -> None:
+    line = " ".join(line.split())
     text = f"server: {line}"
     if _as_json:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
@@ -21,7 +22,7 @@ def log(line: str, level: str = "info") -> None:
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         cause = record.exc_info[1] if record.exc_info else None
-        log(" ".join(f"{record.getMessage()}{f': {cause!r}' if cause else ''}".split()), record.levelname.lower())
+        log(f"{record.getMessage()}{f': {cause!r}' if cause else ''}", record.levelname.lower())
 
 
 def in_lines(form: str) -> None:

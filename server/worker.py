@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-LOOK_S = 0.25
+LOOK_S = 0.1
+INLINE_S = 0.25  # everybody waits for a call in the event loop's thread; one that stays is made again in its own
 
 
 class Overdue(BaseException):
@@ -41,20 +42,19 @@ class Worker:
 
 
 class Watch:
-    """Ends a call in the main thread that takes longer than `bound_s`, by a signal, which ends a sleep, too.
+    """Ends a call in the main thread that takes longer than INLINE_S, by a signal, which ends a sleep, too.
 
     `since_ns` says when the call that runs there began, 0 while there is none.
     """
 
-    def __init__(self, bound_s: float) -> None:
+    def __init__(self) -> None:
         self.since_ns = 0
-        self._bound_ns = int(bound_s * 1e9)
         signal.signal(signal.SIGUSR2, self._raise)
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def _late(self) -> bool:
         since = self.since_ns
-        return since > 0 and time.monotonic_ns() - since > self._bound_ns
+        return since > 0 and time.monotonic_ns() - since > INLINE_S * 1e9
 
     def _look(self) -> None:
         while True:
