@@ -1,5 +1,6 @@
 """`up` and `locust -f loadtest/` as the README shows them, for every kind that this machine can run."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,9 @@ def test_locust_drives_a_kept_target_without_a_failure(kind: str, able: dict[str
     assert done.returncode == 0, done.stdout + done.stderr
     url = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("url "))
     assert url.startswith("http://172.16.0.2:8080" if kind in ("uml", "qemu", "firecracker") else "http://1")
+    label = re.search(rf"^(qemu-tcg|{kind}(?: \(nested\))?) answers after [0-9.]+ s$", done.stderr, re.MULTILINE)
+    assert label, done.stderr
+    assert label[1] == kind or kind in ("qemu", "firecracker")
     totals = pd.read_csv(tmp_path / "st_stats.csv").iloc[-1]
     assert totals["Request Count"] > 20 and totals["Failure Count"] == 0
     samples = pd.read_parquet(tmp_path / "s.parquet")
