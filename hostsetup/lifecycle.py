@@ -204,6 +204,10 @@ class Lifecycle(ABC):
         args = self.context.server_args
         name = args[args.index("--model") + 1] if "--model" in args else "null"
         try:
+            if ".py:" in name:  # a user's own, whose name its server knows
+                name = json.loads(get(url, "/v2/repository/index", timeout_s=IDENTITY_TIMEOUT_S, body="{}")[1])[0][
+                    "name"
+                ]
             status, meta = get(url, f"/v2/models/{name}", timeout_s=IDENTITY_TIMEOUT_S)
             if status != 200:
                 return None

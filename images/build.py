@@ -8,7 +8,7 @@ from pathlib import Path
 from images import debian, store, tree
 from images.debian import Base
 from images.errors import IsolatencyError, MissingError, UsageError
-from images.ext4 import make_ext4, tree_mib
+from images.ext4 import default_mib, make_ext4
 from images.kernel import make_kernel, make_uml
 from images.pins import pins
 from images.store import FILES, NEEDED_MIB, Images, cache_dir, sha256, source_key, sweep
@@ -69,11 +69,6 @@ def _make(say: Say, scratch: Path, base: Base) -> Images:
     shutil.copyfile(base.lock, made / "packages.lock")
     digests = {name: sha256(made / name) for name in FILES}
     return store.publish(made, source_key(), tree_sha256, loaded=False, digests=digests)
-
-
-def default_mib(folder: Path) -> int:
-    """The size of root.ext4 where none is asked for: what the tree needs, rounded up to 64 MiB."""
-    return -(-tree_mib(folder) // 64) * 64
 
 
 def _base(say: Say, scratch: Path, wanted: Path | None, refresh: bool) -> Base:

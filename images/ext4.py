@@ -18,7 +18,7 @@ def make_ext4(tree: Path, out: Path, size_mib: int) -> None:
     No journal, since guests mount it read-only. Raises IsolatencyError where the tree does not fit, ShellError with
     e2fsprogs' own words for anything else; nothing of `out` is left then.
     """
-    needed = tree_mib(tree)
+    needed, inodes = tree_mib(tree), max(16384, 2 * _entries(tree))
     if size_mib < needed:
         raise IsolatencyError(f"a root file system of {size_mib} MiB is too small for {tree}; give at least {needed}")
     out.unlink(missing_ok=True)
@@ -26,7 +26,7 @@ def make_ext4(tree: Path, out: Path, size_mib: int) -> None:
         with out.open("wb") as file:
             file.truncate(size_mib << 20)
         shell.run(
-            ["mkfs.ext4", "-q", "-F", "-d", tree, "-b", "4096", "-m", "0", "-N", "16384", "-L", "isolatency",
+            ["mkfs.ext4", "-q", "-F", "-d", tree, "-b", "4096", "-m", "0", "-N", str(inodes), "-L", "isolatency",
              "-U", UUID, "-O", "^has_journal,^metadata_csum,^64bit",
              "-E", f"lazy_itable_init=0,nodiscard,hash_seed={SEED}", out],
             env=OPTIONS,
@@ -44,7 +44,17 @@ def tree_mib(tree: Path) -> int:
     for folder, folders, files in os.walk(tree):
         blocks += 1 + sum((os.lstat(Path(folder, name)).st_size + 4095) // 4096 for name in files)
         blocks += sum(Path(folder, name).is_symlink() for name in folders)
-    return blocks * 4096 * 101 // 100 // (1 << 20) + 8
+    more = max(0, 2 * _entries(tree) - 16384) * 256  # bytes of inodes beyond the usual number
+    return (blocks * 4096 * 101 // 100 + more) // (1 << 20) + 8
+
+
+def _entries(tree: Path) -> int:
+    return sum(len(folders) + len(files) for _, folders, files in os.walk(tree))
+
+
+def default_mib(tree: Path) -> int:
+    """The size where none is asked for: what the tree needs, rounded up to 64 MiB."""
+    return -(-tree_mib(tree) // 64) * 64
 
 
 def _settle(tree: Path, out: Path) -> None:

@@ -1,6 +1,7 @@
 """Where built images lie: `ISOLATENCY_CACHE` (default ~/.cache/isolatency), and which ones are current.
 
 builds/NAME/        one build each; images.json says what it is
+models/KEY/         the current build with a model of the user's own in the tree (own.py), likewise
 current             symlink to one of them, switched in one step
 debian/ wheels/ firecracker/    what was downloaded
 tmp/                what is being made; whatever a killed build left there is removed by the next one
@@ -142,23 +143,29 @@ def current() -> Images:
     return images
 
 
+def put(made: Path, place: Path, key: str, tree_sha256: str, loaded: bool, digests: dict[str, str]) -> Images:
+    """Move finished images from tmp/ to their place in one step. Hold the lock."""
+    record = {"schema": 1, "key": key, "tree_sha256": tree_sha256, "loaded": loaded, "digests": digests}
+    (made / "images.json").write_text(json.dumps(record, indent=1) + "\n")
+    (made / ".dockerignore").write_text("*\n!tree.tar\n")  # so that `docker build` of images/Dockerfile reads only it
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():  # the same thing again, or what is left of it
+        place.rename(made.parent / f"old-{place.name}")
+    made.rename(place)
+    images = read(place)
+    assert images is not None
+    return images
+
+
 def publish(made: Path, key: str, tree_sha256: str, loaded: bool, digests: dict[str, str]) -> Images:
     """Move a finished build from tmp/ to its place and make it current, each in one step. Hold the lock.
 
     Two builds of the same sources may differ in Debian's packages, so the tree's digest is part of the name.
     """
-    record = {"schema": 1, "key": key, "tree_sha256": tree_sha256, "loaded": loaded, "digests": digests}
-    (made / "images.json").write_text(json.dumps(record, indent=1) + "\n")
-    (made / ".dockerignore").write_text("*\n!tree.tar\n")  # so that `docker build` of images/Dockerfile reads only it
     kind = "loaded" if loaded else "built"
     place = cache_dir() / "builds" / f"{kind}-{key[:12]}-{tree_sha256[:12]}"
-    place.parent.mkdir(exist_ok=True)
-    if place.exists():  # the same thing again, or what is left of it
-        place.rename(made.parent / f"old-{place.name}")
-    made.rename(place)
+    images = put(made, place, key, tree_sha256, loaded, digests)
     switch(place)
-    images = read(place)
-    assert images is not None
     return images
 
 
@@ -172,8 +179,13 @@ def switch(place: Path) -> None:
 
 def forget_old_builds(keep: int = 3) -> None:
     """Remove all but the newest builds: each takes half a gigabyte. A kept target may still run from a recent one."""
-    builds = sorted((cache_dir() / "builds").iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in builds[keep:]:
+    forget_old(cache_dir() / "builds", keep)
+
+
+def forget_old(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` folders of images in this one, and never the current ones."""
+    places = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in places[keep:]:
         if path != (cache_dir() / "current").resolve():
             shutil.rmtree(path, ignore_errors=True)
 

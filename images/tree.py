@@ -22,6 +22,7 @@ from images.store import HERE, SERVER, server_files, sha256
 EPOCH_S = 1_700_000_000  # any fixed time will do; after 1980, since zip files know none before
 PYTHON = "usr/bin/python3.11"
 SITE = "opt/app/site"
+PLATFORMS = [tag for glibc in (17, 27, 28) for tag in ("--platform", f"manylinux_2_{glibc}_x86_64")]
 
 # Left out of Debian's packages: what only apt, dpkg or a reader of manuals uses, and parts of the standard library
 # that a server never imports. Licences (usr/share/doc/*/copyright) stay: the tree is passed on by `images save`.
@@ -134,27 +135,32 @@ def fetch_wheels(wheels: Sequence[Wheel], python: str, folder: Path) -> None:
         (folder / one.file).unlink(missing_ok=True)
     wanted = folder / "requirements.txt"
     wanted.write_text("".join(f"{one.requirement} --hash=sha256:{one.sha256}\n" for one in missing))
-    tags = [tag for glibc in (17, 27, 28) for tag in ("--platform", f"manylinux_2_{glibc}_x86_64")]
     shell.run(
         [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-         "--require-hashes", "--only-binary=:all:", "--implementation=cp", f"--python-version={python}", *tags,
+         "--require-hashes", "--only-binary=:all:", "--implementation=cp", f"--python-version={python}", *PLATFORMS,
          f"--dest={folder}", f"--requirement={wanted}"],
         timeout_s=900,
     )  # fmt: skip
 
 
-def install_wheel(wheel: Path, site: Path) -> None:
-    """Unzip a wheel into `site`, without tests, type stubs and what is there to build extensions against.
+def install_wheel(wheel: Path, site: Path, whole: bool = False) -> None:
+    """Unzip a wheel into `site`, unless it is to be `whole` without tests, type stubs and what is there to build
+    extensions against.
 
     Not by pip, which would write this machine's paths into the tree (scripts' first lines, RECORD). The wheels that
-    are pinned have no data folder (PEP 427), so that unpacking is all of it; one that has is refused.
+    are pinned have no data folder (PEP 427), so that unpacking is all of it. Of one that has, its modules are taken,
+    and scripts and headers are left out.
     """
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
             name = PurePosixPath(info.filename)
             if name.parts[0].endswith(".data"):
-                raise IsolatencyError(f"{wheel.name} has a data folder, which images/tree.py does not install")
-            if info.is_dir() or not _wanted(name):
+                if name.parts[1] not in ("purelib", "platlib"):
+                    continue
+                name = PurePosixPath(*name.parts[2:])
+            if name.is_absolute() or ".." in name.parts:
+                raise IsolatencyError(f"{wheel.name} holds the name {info.filename!r}, which leads out of the tree")
+            if info.is_dir() or not (whole or _wanted(name)):
                 continue
             target = site / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,8 +169,9 @@ def install_wheel(wheel: Path, site: Path) -> None:
             target.chmod(0o755 if info.external_attr >> 16 & 0o100 else 0o644)
 
 
-def compile_bytecode(tree: Path) -> None:
-    """Compile the standard library and the app with the tree's own interpreter, as if the tree were the root.
+def compile_bytecode(tree: Path, folders: Sequence[str] = ("usr/lib/python3.11", "opt/app")) -> None:
+    """Compile the standard library and the app (or other folders) with the tree's own interpreter, as if the tree were
+    the root.
 
     The interpreter is started by the tree's own dynamic loader, which needs neither a chroot nor a right to one; `-s`
     and `-p` make the paths in the bytecode those inside the tree, `-B` keeps the interpreter's own imports from
@@ -176,7 +183,7 @@ def compile_bytecode(tree: Path) -> None:
         ["setpriv", "--pdeathsig", "KILL", tree / loader.readlink().relative_to("/"),
          "--library-path", libraries, tree / PYTHON,
          "-I", "-S", "-B", "-m", "compileall", "-q", "-f", "-s", tree, "-p", "/",
-         "--invalidation-mode", "unchecked-hash", tree / "usr/lib/python3.11", tree / "opt/app"],
+         "--invalidation-mode", "unchecked-hash", *(tree / folder for folder in folders)],
         env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
         timeout_s=300,
     )  # fmt: skip

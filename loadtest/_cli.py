@@ -77,11 +77,15 @@ def images() -> None:
 @images.command()
 @click.option("--locked", is_flag=True, help="Refuse a Debian package that differs from the current images' lock.")
 @click.option("--refresh", is_flag=True, help="Take Debian's packages anew instead of those in the cache.")
-def build(locked: bool, refresh: bool) -> None:
+@click.option("--model", metavar="FILE.py:CLASS", help="Make the tree with this model, too, which is fetched here.")
+def build(locked: bool, refresh: bool, model: str | None) -> None:
     """Build what is not yet built; the last line on stdout is the tree's sha256."""
     from images import build as building
+    from images import own
 
-    print(building.build(_step, locked=locked, refresh=refresh).tree_sha256)
+    wanted = own.read(model) if model else None
+    made = building.build(_step, locked=locked, refresh=refresh)
+    print((own.derive(made, wanted, _step) if wanted else made).tree_sha256)
 
 
 @images.command("save")
@@ -156,7 +160,11 @@ margin_option = click.option(
     "--model",
     "models",
     multiple=True,
-    help="A model to serve and to load: knn, knn:data=digits, knn:data=mnist, dnn, null, spin, work; may be repeated.",
+    help="A model to serve and to load: knn, knn:data=digits, knn:data=mnist, dnn, null, spin, work, or "
+    "MY_FILE.py:CLASS, which goes into every target's tree; may be repeated.",
+)
+@click.option(
+    "--data", metavar="ROWS.npz", help="For MY_FILE.py:CLASS: `rows` (n, d), and `labels` where answers are known."
 )
 @click.option("--spin-us", type=float, help="The model spin: µs by the clock of a call; a target may have its own.")
 @click.option("--spin-tail-us", type=float, help="The model spin: µs of a long call.")

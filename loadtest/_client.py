@@ -8,6 +8,7 @@ import requests
 
 from hostsetup.target import Endpoint
 from images.errors import TargetError
+from loadtest import _rows
 
 INFER_ROWS = 50  # rows per parity request: an emulated guest answers within its time-out
 Outputs = dict[str, np.ndarray[Any, Any]]
@@ -23,9 +24,16 @@ def session() -> requests.Session:
 def call(
     http: requests.Session, endpoint: Endpoint, method: str, path: str, *, timeout_s: float, body: Any = None
 ) -> Any:
-    """One JSON call. Raises TargetError with the server's own words; `requests.Timeout` passes through."""
+    """One JSON call; a body of bytes is JSON already.
+
+    Raises TargetError with the server's own words; `requests.Timeout` passes through.
+    """
     try:
-        answer = http.request(method, endpoint.url + path, json=body, timeout=timeout_s)
+        if isinstance(body, bytes):
+            head = {"Content-Type": "application/json"}
+            answer = http.request(method, endpoint.url + path, data=body, headers=head, timeout=timeout_s)
+        else:
+            answer = http.request(method, endpoint.url + path, json=body, timeout=timeout_s)
         value = answer.json()
     except requests.Timeout:
         raise
@@ -47,10 +55,13 @@ def infer(
     parts: list[Outputs] = []
     path = f"/v2/models/{model}/infer"
     try:
+        signature = _rows.signature(call(http, endpoint, "GET", f"/v2/models/{model}", timeout_s=timeout_s))
+    except ValueError as error:
+        raise TargetError(f"{endpoint.label}: {model} cannot be asked: {error}") from error
+    try:
         for start in range(0, len(rows), INFER_ROWS):
-            batch = rows[start : start + INFER_ROWS]
-            tensor = {"name": "x", "shape": list(batch.shape), "datatype": "FP32", "data": batch.ravel().tolist()}
-            answer = call(http, endpoint, "POST", path, timeout_s=timeout_s, body={"inputs": [tensor]})
+            body = _rows.body(rows[start : start + INFER_ROWS], signature)
+            answer = call(http, endpoint, "POST", path, timeout_s=timeout_s, body=body)
             parts.append({output.name: _array(output) for output in msgspec.convert(answer, _Answer).outputs})
         names = set.intersection(*map(set, parts))
         return {name: np.concatenate([part[name] for part in parts]) for name in sorted(names)}

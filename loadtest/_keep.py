@@ -11,8 +11,8 @@ from rich.table import Table
 from hostsetup import doctor, supervisor
 from hostsetup.ledger import Ledger
 from hostsetup.target import Context
-from images import shell, store
-from images.errors import IsolatencyError
+from images import own, shell, store
+from images.errors import IsolatencyError, UsageError
 from loadtest import _models, _plan, _run
 from loadtest._plan import MODELS, Plan
 
@@ -26,7 +26,9 @@ def choose(plan: Plan, targets: Sequence[str], flags: Mapping[str, Any], say: Sa
     """
     given = {key: value for key, value in flags.items() if value is not None and value is not False and value != ()}
     if "models" in given:
-        given["models"] = tuple(dict.fromkeys(_models.name(word) for word in given["models"]))
+        given |= _named(given["models"])
+    if given.get("data"):
+        given["data"] = str(Path(given["data"]).absolute())
     if "seconds" in given and plan.warmup_s >= given["seconds"]:
         given["warmup_s"] = given["seconds"] / 4
     if targets:
@@ -34,6 +36,15 @@ def choose(plan: Plan, targets: Sequence[str], flags: Mapping[str, Any], say: Sa
     elif not plan.targets:
         given["targets"] = tuple(_able(say))
     return msgspec.structs.replace(plan, **given)
+
+
+def _named(words: Sequence[str]) -> dict[str, Any]:
+    """A plan's `models` and `model_file`, by what --model says. Raises UsageError."""
+    files = {word: own.read(word) for word in words if own.is_file(word)}
+    if len(files) > 1:
+        raise UsageError(f"one model of the user's own at a time; found {', '.join(files)}")
+    names = dict.fromkeys(files[word].name if word in files else _models.name(word) for word in words)
+    return {"models": tuple(names), "model_file": next((one.word for one in files.values()), "")}
 
 
 def _able(say: Say) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Before anything is measured: the same tree, the same answers, the same BLAS kernel and thread count everywhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import requests
@@ -34,12 +35,12 @@ class Comparison:
     caveats: list[str] = field(default_factory=list)
 
 
-def ask(endpoint: Endpoint, spec: Spec, models: Sequence[str], timeout_s: float) -> Facts:
-    """The target's answers for the first 200 query rows of each model. Raises TargetError."""
+def ask(endpoint: Endpoint, spec: Spec, models: Sequence[str], data: Callable[[str], Path], timeout_s: float) -> Facts:
+    """The target's answers for the first 200 query rows of each model, read from `data` of it. Raises TargetError."""
     http = session()
     outputs: dict[str, Outputs] = {}
     for model in models:
-        rows = _rows.load(model).rows[:INPUTS]
+        rows = _rows.load(model, data(model)).rows[:INPUTS]
         try:
             outputs[model] = infer(http, endpoint, model, rows, timeout_s=timeout_s)
         except requests.Timeout as error:

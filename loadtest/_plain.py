@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from images.errors import UsageError
-from loadtest import _preflight, _rows, _samples, _tally
+from loadtest import _models, _preflight, _rows, _samples, _tally
 from loadtest._connection import Connection, Work, resolve
 from loadtest._engine import Engine, in_thread
 from loadtest._samples import Where
@@ -44,7 +44,7 @@ def options(host: str | None, parsed: Any) -> Options:
     samples = Path(parsed.samples) if parsed.samples else None
     if samples is not None and samples.suffix not in (".parquet", ".csv"):
         raise UsageError(f"--samples is {parsed.samples!r}; wanted a name that ends in .parquet or .csv")
-    data = Path(parsed.data) if parsed.data else _rows.DATA
+    data = Path(parsed.data) if parsed.data else _models.DATA
     return Options(
         host.rstrip("/"), parsed.model, parsed.rows, parsed.check, parsed.seed, samples, parsed.request_timeout, data
     )
@@ -55,8 +55,9 @@ class Load:
 
     def __init__(self, wanted: Options, stats: Any, worker: int | None) -> None:
         self._address = resolve(wanted.host)
-        queries = _rows.prepare(_rows.load(wanted.model, wanted.data), wanted.rows, wanted.seed)
-        _preflight.check(self._address, wanted.model, queries.width)
+        rows = _rows.load(wanted.model, wanted.data)
+        signature = _preflight.check(self._address, wanted.model, rows.rows.shape[1])
+        queries = _rows.prepare(rows, wanted.rows, wanted.seed, signature)
         self._work = Work(self._address, queries, wanted.check)
         self._stats = stats
         self._where = Where(self._address.authority, wanted.model, "closed", worker=worker or 0)

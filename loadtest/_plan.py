@@ -14,8 +14,9 @@ import tomli_w
 
 from hostsetup.kinds import KINDS, check_options
 from hostsetup.target import Option, Spec
+from images import own
 from images.errors import UsageError
-from loadtest import _models
+from loadtest import _models, _rows
 
 PLANS = Path(__file__).resolve().parent.parent / "plans"
 MODELS = ("knn", "dnn", "null")  # where a plan names none
@@ -43,6 +44,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `primary`: the cells that verdicts are about, each MODEL:LOAD (none: knn:closed-1); `margin`: the difference that
     matters at p50 and at p99.
     `work_iterations` 0: as many as take `work_us` on the first target's cores, counted before the targets are up.
+    `model_file`: FILE.py:CLASS, a model of the user's own, whose name stands in `models`; `data`: its rows, as .npz.
     """
 
     schema: int = 1
@@ -65,6 +67,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     spin_tail_p: float = 0.0
     work_us: float = 200.0
     work_iterations: int = 0
+    model_file: str = ""
+    data: str = ""
     internet: bool = False
     allow_difference: bool = False
     only: str = ""
@@ -76,9 +80,19 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def specs(self) -> list[Spec]:
         return [_spec(target) for target in self.targets]
 
+    @property
+    def own(self) -> str | None:
+        """The name of the user's own model."""
+        return next((model for model in self.models if model not in _models.NAMES), None) if self.model_file else None
+
+    def rows_of(self, model: str) -> Path:
+        """Where its query rows are: a file, or the folder of all of ours."""
+        return Path(self.data) if model == self.own else _models.DATA
+
     def server_args(self) -> list[str]:
         """What the servers of all targets are told about their models."""
-        told = [word for model in self.models for word in ("--model", model)] + ["--threads", str(self.threads)]
+        words = [own.read(self.model_file).inside if model == self.own else model for model in self.models]
+        told = [part for word in words for part in ("--model", word)] + ["--threads", str(self.threads)]
         if "spin" in self.models:
             told += [
                 f"--spin-us={self.spin_us}",
@@ -93,6 +107,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The plan as one Locust process reads it: one phase of one start, its seconds and its time-out."""
         values: dict[str, Any] = msgspec.to_builtins(self)
         values |= {"phase": phase, "restart": restart}
+        values["data"] = {} if self.own is None else {self.own: self.data}
         if emulated:
             values["seconds"] = self.emulated_seconds
             values["warmup_s"] = min(self.warmup_s, self.emulated_seconds / 4)
@@ -263,8 +278,9 @@ def validate(plan: Plan, machine: Machine) -> None:
 def _validate_values(plan: Plan) -> None:
     if plan.schema != 1:
         raise UsageError(f"the plan has schema {plan.schema}; this version reads schema 1")
+    _validate_own(plan)
     for model in plan.models:
-        if model not in _models.NAMES:
+        if model not in (*_models.NAMES, plan.own):
             raise UsageError(f"unknown model {model!r}{_nearest(model, _models.NAMES)}")
     if len(set(plan.models)) < len(plan.models):
         raise UsageError(f"the plan names a model twice: {', '.join(plan.models)}")
@@ -311,6 +327,25 @@ def _validate_values(plan: Plan) -> None:
         raise UsageError(f"check is {plan.check}; wanted 0 (never) or more")
     if not plan.models or not plan.loads:
         raise UsageError("the plan names no model or no load; wanted at least one of each")
+
+
+def _validate_own(plan: Plan) -> None:
+    if not plan.model_file:
+        if plan.data:
+            raise UsageError(
+                f"data is {plan.data}, and no model is the user's own; wanted --model FILE.py:CLASS as well"
+            )
+        return
+    name = own.read(plan.model_file).name
+    if name in _models.NAMES:
+        raise UsageError(f"{plan.model_file} is called {name!r}, as one of ours is; give it another name")
+    if name not in plan.models:
+        raise UsageError(f"{plan.model_file} is called {name!r}; wanted that name in models")
+    if not plan.data:
+        raise UsageError(
+            f"the model {name!r} wants rows to be asked: --data ROWS.npz with `rows`, and `labels` if known"
+        )
+    _rows.load(name, Path(plan.data))
 
 
 def save(plan: Plan, path: Path) -> None:

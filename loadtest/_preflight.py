@@ -5,13 +5,14 @@ import json
 from typing import Any
 
 from images.errors import TargetError
+from loadtest import _rows
 from loadtest._connection import Address
 
 TIMEOUT_S = 10.0
 
 
-def check(address: Address, model: str, width: int, timeout_s: float = TIMEOUT_S) -> None:
-    """Raise TargetError with one line unless the server has `model`, and it takes rows of `width` values."""
+def check(address: Address, model: str, width: int, timeout_s: float = TIMEOUT_S) -> _rows.Signature:
+    """What the server says of `model`. Raises TargetError with one line unless it has it, and for rows of `width`."""
     base = f"http://{address.authority}{address.path}"
     status, answer = _get(base, address, f"/v2/models/{model}", timeout_s)
     if status != 200:
@@ -28,15 +29,14 @@ def check(address: Address, model: str, width: int, timeout_s: float = TIMEOUT_S
             f"was answered {status} and GET /v2 {known}; give the address of an inference server"
         )
     try:
-        shape = answer["inputs"][0]["shape"]
-        wanted = int(shape[-1])
-    except (TypeError, KeyError, IndexError, ValueError):
+        found = _rows.signature(answer)
+    except ValueError as error:
+        raise TargetError(f"{model} at {base} cannot be asked: {error}") from error
+    if found.width not in (-1, width):
         raise TargetError(
-            f"the server at {base} answered GET /v2/models/{model}, but without the model's inputs: "
-            "it does not speak the Open Inference Protocol"
-        ) from None
-    if wanted not in (-1, width):
-        raise TargetError(f"{model} at {base} takes rows of {wanted} values, the query rows have {width}; see --data")
+            f"{model} at {base} takes rows of {found.width} values, the query rows have {width}; see --data"
+        )
+    return found
 
 
 def _get(base: str, address: Address, path: str, timeout_s: float) -> tuple[int, Any]:

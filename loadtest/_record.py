@@ -10,6 +10,7 @@ import msgspec
 import psutil
 
 from hostsetup.target import Endpoint, Spec
+from images import own
 from images.errors import IsolatencyError, NotComparableError
 from images.store import Images
 from loadtest import _manifest, _plan, _samples
@@ -47,6 +48,8 @@ class Record:
         self._cores = tuple(cores)
         self._targets: list[dict[str, Any]] = []
         self._manifest = _manifest.begin(command=command, seed=plan.seed, images=images, client_cores=client_cores)
+        if images is not None and plan.model_file:
+            self._manifest["model"] = own.record(images)
         self._say = say
         if images is not None and images.loaded:
             self.caveats.append("the images were loaded (images load), not built from this checkout")

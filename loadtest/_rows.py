@@ -16,21 +16,56 @@ import orjson
 from numpy.typing import NDArray
 
 from images.errors import UsageError
-from loadtest._models import LIKE_NULL, NAMES
+from loadtest._models import DATA, LIKE_NULL, NAMES
 
-DATA = Path(__file__).resolve().parent.parent / "server" / "models" / "data"
 QUERIES = 256  # distinct requests: enough that no cache of the server's holds just one row
+DTYPES: dict[str, type[np.generic]] = {
+    "BOOL": np.bool_, "UINT8": np.uint8, "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64,
+    "INT8": np.int8, "INT16": np.int16, "INT32": np.int32, "INT64": np.int64,
+    "FP16": np.float16, "FP32": np.float32, "FP64": np.float64,
+}  # fmt: skip
 MAX_PREPARED_BYTES = 64 * 1024 * 1024
 JSON_BYTES_PER_VALUE = 11  # "0.12345678," at most, about
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`rows` is float32 of shape (n, d); `labels` int64 of shape (n,), None where there is nothing to compare with."""
+    """`rows` is float32 or float64 of shape (n, d); `labels`, int64 or float64 of shape (n, …), are what the first
+    output must be for each, None where there is nothing to compare with."""
 
     model: str
-    rows: NDArray[np.float32]
-    labels: NDArray[np.int64] | None
+    rows: NDArray[Any]
+    labels: NDArray[Any] | None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model's metadata say of its one input and of the output that is compared."""
+
+    input: str = "x"
+    datatype: str = "FP32"
+    width: int = -1
+    output: str = "label"
+
+
+SIGNATURE = Signature()
+
+
+def signature(metadata: Any) -> Signature:
+    """Of GET /v2/models/MODEL's answer; the output `label` where there is one, else the first. Raises ValueError."""
+    try:
+        (tensor,) = metadata["inputs"]
+        outputs = [output["name"] for output in metadata["outputs"]]
+        width = int(tensor["shape"][-1])
+        output = "label" if "label" in outputs else outputs[0]
+        if len(tensor["shape"]) != 2 or tensor["datatype"] not in DTYPES:
+            raise ValueError
+        return Signature(tensor["name"], tensor["datatype"], width, output)
+    except (TypeError, KeyError, IndexError, ValueError):
+        found = metadata.get("inputs") if isinstance(metadata, dict) else metadata
+        raise ValueError(
+            f"wanted one input of numbers, of shape [-1, width], and outputs; found {found}"[:300]
+        ) from None
 
 
 def load(model: str, data: Path = DATA) -> Rows:
@@ -45,14 +80,16 @@ def load(model: str, data: Path = DATA) -> Rows:
         )
     try:
         with np.load(path, allow_pickle=False) as found:
-            rows = np.ascontiguousarray(found["rows"], dtype=np.float32)
-            labels = np.asarray(found["labels"]).astype(np.int64) if "labels" in found else None
+            rows = np.ascontiguousarray(found["rows"], np.float64 if found["rows"].dtype == np.float64 else np.float32)
+            labels = found.get("labels")
+            if labels is not None:
+                labels = labels.astype(np.float64 if labels.dtype.kind == "f" else np.int64)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} is no .npz file with an array `rows`: {error}") from error
     if rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():
         raise UsageError(f"{path} wants `rows` of shape (n, d), all finite; found shape {rows.shape}")
-    if labels is not None and labels.shape != (len(rows),):
-        raise UsageError(f"{path} wants `labels` of shape ({len(rows)},); found {labels.shape}")
+    if labels is not None and labels.shape[:1] != (len(rows),):
+        raise UsageError(f"{path} wants `labels` of shape ({len(rows)}, …); found {labels.shape}")
     return Rows(model, rows, labels)
 
 
@@ -67,28 +104,31 @@ class Queries:
     width: int
     bodies: tuple[bytes, ...]
     output: str
-    expected: tuple[tuple[int, ...], ...] | None
+    expected: tuple[tuple[float, ...], ...] | None
 
 
-def prepare(rows: Rows, batch: int, seed: int) -> Queries:
+def prepare(rows: Rows, batch: int, seed: int, signature: Signature = SIGNATURE) -> Queries:
     """Draw `batch` rows per request, seeded, each row as often as any other; fewer requests where batches are large."""
     count, width = rows.rows.shape
     number = max(1, min(QUERIES, MAX_PREPARED_BYTES // (batch * width * JSON_BYTES_PER_VALUE)))
     drawn = np.random.default_rng([seed, batch])
     passes = math.ceil(number * batch / count)
     picks = np.concatenate([drawn.permutation(count) for _ in range(passes)])[: number * batch].reshape(number, batch)
-    expected: tuple[tuple[int, ...], ...] | None = None
-    output = "label"
+    expected: tuple[tuple[float, ...], ...] | None = None
     if rows.labels is not None:
-        expected = tuple(tuple(rows.labels[pick].tolist()) for pick in picks)
+        expected = tuple(tuple(rows.labels[pick].ravel().tolist()) for pick in picks)
     elif rows.model in LIKE_NULL:
-        output, expected = "rows", ((1,) * batch,) * number
-    return Queries(rows.model, width, tuple(_body(rows.rows[pick]) for pick in picks), output, expected)
+        expected = ((1,) * batch,) * number
+    bodies = tuple(body(rows.rows[pick], signature) for pick in picks)
+    return Queries(rows.model, width, bodies, signature.output, expected)
 
 
-def _body(batch: NDArray[np.float32]) -> bytes:
-    tensor = {"name": "x", "shape": list(batch.shape), "datatype": "FP32", "data": batch.ravel()}
-    return orjson.dumps({"inputs": [tensor]}, option=orjson.OPT_SERIALIZE_NUMPY)
+def body(batch: NDArray[Any], signature: Signature) -> bytes:
+    """A request for these rows, in the model's data type."""
+    values = batch.astype(DTYPES[signature.datatype]).ravel()
+    tensor = {"name": signature.input, "shape": list(batch.shape), "datatype": signature.datatype}
+    data = values.astype(np.float32) if values.dtype == np.float16 else values  # which orjson does not write
+    return orjson.dumps({"inputs": [tensor | {"data": data}]}, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def request(authority: str, path: str, body: bytes) -> bytes:
@@ -115,7 +155,7 @@ class Checker:
     def __init__(self, queries: Queries) -> None:
         self.possible = queries.expected is not None
         self._output = queries.output
-        self._expected: Sequence[tuple[int, ...]] = queries.expected or ()
+        self._expected: Sequence[tuple[float, ...]] = queries.expected or ()
         self._right: list[bytes | None] = [None] * len(queries.bodies)
         self._decoder = msgspec.json.Decoder(_Answer)
 
@@ -129,7 +169,17 @@ class Checker:
             values = np.asarray(found).ravel().tolist()
         except (msgspec.DecodeError, StopIteration, ValueError, TypeError):
             return False
-        if tuple(values) != self._expected[query]:
+        expected = self._expected[query]
+        if tuple(values) != expected and not _close(values, expected):
             return False
         self._right[query] = body
         return True
+
+
+def _close(values: Sequence[Any], expected: tuple[float, ...]) -> bool:
+    """Whether numbers that are not whole differ by their rounding alone."""
+    if len(values) != len(expected) or not any(isinstance(value, float) for value in expected):
+        return False
+    return all(isinstance(value, int | float) for value in values) and np.allclose(
+        values, expected, rtol=1e-4, atol=1e-6
+    )

@@ -21,7 +21,7 @@ from hostsetup.kinds import KINDS, make
 from hostsetup.ledger import Ledger
 from hostsetup.locks import run_lock
 from hostsetup.target import Context, Spec
-from images import shell, store
+from images import own, shell, store
 from images.errors import IsolatencyError, NotComparableError
 from loadtest import _batch, _calibrate, _parity, _report
 from loadtest._batch import Live
@@ -110,24 +110,26 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
     here = machine()
     validate(plan, here)
     out = out.absolute()  # Locust runs in another folder
-    own = [spec for spec in plan.specs() if spec.kind != "url"]
-    images = store.current() if own else None
+    targets = [spec for spec in plan.specs() if spec.kind != "url"]
+    images = store.current() if targets else None
     dry = shell.dry_run()
     with (
         nullcontext() if dry else run_lock(),
         _terminated_as_interrupted(),
         Ledger.open("run", " ".join(spec.name for spec in plan.specs())) as ledger,
     ):
-        cores, client, shared = split_cores(here.cores, max((spec.cpus for spec in own), default=1))
-        todo = phases(plan, settle_kvm(own, ledger))
+        cores, client, shared = split_cores(here.cores, max((spec.cpus for spec in targets), default=1))
+        todo = phases(plan, settle_kvm(targets, ledger))
         for phase in todo:
             _check_memory(phase, here)
         named = f"{len(plan.targets)} target{'s' * (len(plan.targets) > 1)}"
         show.say(f"{named}, {about(sum(estimate_s(plan, phase) for phase in todo))}")
+        if images is not None and plan.model_file and not dry:
+            images = own.derive(images, own.read(plan.model_file), show.step)
         context = Context(ledger, images, cores, (), out, plan.boot_timeout_s or None, plan.internet)
-        if own and "work" in plan.models and not (plan.work_iterations or dry):
+        if targets and "work" in plan.models and not (plan.work_iterations or dry):
             show.step(f"counting how many iterations of work take {plan.work_us:g} µs")
-            count = _calibrate.work_iterations(own[0], context, plan.work_us)
+            count = _calibrate.work_iterations(targets[0], context, plan.work_us)
             plan = msgspec.structs.replace(plan, work_iterations=count)
         args = [*plan.server_args(), *([] if plan.only == "load" else ["--jobs"])]
         context = replace(context, server_args=tuple(args))
@@ -257,7 +259,7 @@ def _measure(
     for one in list(live):
         show.step(f"comparing the answers of {one.endpoint.label}")
         try:
-            facts = _ask(one, plan.models, timeout_s)
+            facts = _ask(one, plan, timeout_s)
         except IsolatencyError as error:
             record.error(error)
             live.remove(one)
@@ -283,9 +285,9 @@ def _measure(
     show.step(f"taking down {', '.join(one.endpoint.label for one in live)}")
 
 
-def _ask(one: Live, models: Sequence[str], timeout_s: float) -> _parity.Facts:
+def _ask(one: Live, plan: Plan, timeout_s: float) -> _parity.Facts:
     try:
-        return _parity.ask(one.endpoint, one.target.spec, models, timeout_s)
+        return _parity.ask(one.endpoint, one.target.spec, plan.models, plan.rows_of, timeout_s)
     except IsolatencyError:
         one.target.check()  # that it has ended says more
         raise

@@ -50,6 +50,7 @@ class Plan(msgspec.Struct, frozen=True):
     warmup_s: float
     request_timeout_s: float
     restart: int = 0
+    data: dict[str, str] = {}  # where the rows of a model do not come with isolatency
 
 
 class _Targets(msgspec.Struct, frozen=True):
@@ -111,12 +112,12 @@ class Session:
         self._stats = stats
         self._silent_since_ns: dict[str, int] = {}
         addresses = {target.name: resolve(target.url) for target in targets}
-        queries = {
-            model: _rows.prepare(_rows.load(model, data), plan.rows, plan.seed) for model in dict.fromkeys(plan.models)
-        }
-        for target in targets:
-            for model, query in queries.items():
-                _preflight.check(addresses[target.name], model, query.width, max(plan.request_timeout_s, 10.0))
+        queries = {}
+        for model in dict.fromkeys(plan.models):
+            rows = _rows.load(model, Path(plan.data.get(model, data)))
+            width, timeout_s = rows.rows.shape[1], max(plan.request_timeout_s, 10.0)
+            found = [_preflight.check(addresses[target.name], model, width, timeout_s) for target in targets]
+            queries[model] = _rows.prepare(rows, plan.rows, plan.seed, found[0])
         self._work = {
             (target.name, model): Work(addresses[target.name], query, plan.check)
             for target in targets

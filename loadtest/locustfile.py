@@ -20,7 +20,7 @@ from locust import User, constant, events, task
 from locust.runners import MasterRunner, WorkerRunner
 
 from images.errors import IsolatencyError, UsageError
-from loadtest import _plain, _rows, _session, _tally
+from loadtest import _models, _plain, _session, _tally
 from loadtest._connection import Connection
 from loadtest._engine import Engine
 
@@ -247,7 +247,7 @@ class Run(Mode):
         if not (given.plan and given.endpoints and given.out and given.headless):
             raise UsageError("run mode wants --headless, --plan FILE, --endpoints FILE and --out DIR together")
         plan, targets = _session.read(Path(given.plan), Path(given.endpoints))
-        data = Path(given.data) if given.data else _rows.DATA
+        data = Path(given.data) if given.data else _models.DATA
         self._session = _session.Session(plan, targets, Path(given.out), data, environment.stats)
         self._greenlet: Any = None
         self._interrupted = False

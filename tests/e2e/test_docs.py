@@ -9,12 +9,13 @@ import pytest
 
 from tests.e2e.conftest import ISOLATENCY, ROOT
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/measurement.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/measurement.md", "docs/models.md")
 ELSEWHERE = {
     "make bench": "tests/e2e/test_run.py::test_every_kind_that_can_run_is_measured",
     "make test": "tests/e2e/test_docs.py::test_the_commands_of_a_block_work",
     "isolatency images save": "tests/e2e/test_images.py",
     "isolatency images load": "tests/e2e/test_images.py",
+    "docs/examples/iris": "tests/e2e/test_run_models.py::test_the_example_with_scikit_learn",
 }
 
 

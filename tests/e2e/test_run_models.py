@@ -5,9 +5,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from tests.e2e.conftest import Command
+from images.pins import pins
+from tests.e2e.conftest import ROOT, Command
 
 
 def only_folder(out: Path) -> Path:
@@ -39,3 +41,80 @@ def test_spin_takes_its_times_and_work_does_as_many_iterations_everywhere(
     assert (took_us["a"] >= 1500).mean() > 0.05  # a fifth, and those that something else made longer
     again = isolatency("run", folder / "plan.toml", "--dry-run", sandboxed=True)
     assert f"--work-iterations={plan['work_iterations']}" in again.stdout, again.stderr
+
+
+OWN = """
+import numpy as np
+
+class Sum:
+    name = "sum"
+    inputs = (("q", "FP64", (-1, 3)),)
+    outputs = (("total", "FP64", (-1,)),)
+
+    def predict(self, batch):
+        return {"total": batch.inputs["q"].sum(axis=1)}
+"""
+
+
+def test_a_model_of_ones_own_goes_into_every_tree(isolatency: Command, able: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    rows = np.random.default_rng(1).random((300, 3))
+    np.savez(tmp_path / "rows.npz", rows=rows, labels=rows.sum(axis=1))
+    kinds = [kind for kind in ("process", "docker", "uml") if able[kind] == "yes"]
+
+    def run(data: str) -> Any:
+        return isolatency(
+            "run", "--quick", "--only", "load", "--seconds", "1", "--out", tmp_path, "--model", f"{tmp_path}/mine.py:Sum",
+            "--model", "null", "--data", tmp_path / data, *(word for kind in kinds for word in ("--target", kind)),
+            sandboxed=True,
+        )  # fmt: skip
+
+    done = run("rows.npz")
+    assert done.returncode == 0, done.stderr
+    folder = only_folder(tmp_path)
+    told = json.loads((folder / "manifest.json").read_text())
+    targets = json.loads((folder / "targets.json").read_text())
+    assert {one["identity"]["tree_sha256"] for one in targets} == {told["images"]["tree_sha256"]}
+    assert all(one["first_prediction_ms"] > 0 for one in targets)
+    assert told["model"]["base_tree_sha256"] != told["images"]["tree_sha256"]
+    samples = pd.read_parquet(folder / "samples.parquet")
+    assert set(samples.target) == set(kinds) and set(samples.model) == {"sum", "null"}
+    assert set(samples.outcome) == {"ok"}
+    np.savez(tmp_path / "wrong.npz", rows=rows, labels=rows.sum(axis=1) + 1)
+    wrong = run("wrong.npz")
+    assert wrong.returncode == 1 and "making a tree" not in wrong.stderr  # it is kept, by its content
+    errors = json.loads((only_folder(tmp_path) / "manifest.json").read_text())["errors"]
+    assert all(f"{kind}/sum" in errors[0] for kind in kinds) and "/null" not in errors[0]
+
+
+def test_a_model_that_cannot_be_run_is_refused_before_anything_starts(isolatency: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    np.savez(tmp_path / "rows.npz", rows=np.ones((3, 3)))
+    for words, said in (
+        (["--model", f"{tmp_path}/nowhere.py:Sum", "--data", tmp_path / "rows.npz"], "nowhere.py could not be read"),
+        (["--model", f"{tmp_path}/mine.py:Sun", "--data", tmp_path / "rows.npz"], "has no class 'Sun'"),
+        (["--model", f"{tmp_path}/mine.py:Sum"], "--data ROWS.npz"),
+        (["--model", f"{tmp_path}/mine.py:Sum", "--data", tmp_path / "none.npz"], "none.npz is missing"),
+        (["--data", tmp_path / "rows.npz"], "wanted --model FILE.py:CLASS"),
+    ):
+        done = isolatency("run", "--quick", "--target", "process", "--out", tmp_path / "r", *words)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert not (tmp_path / "r").exists()
+
+
+def test_the_example_with_scikit_learn(isolatency: Command, tmp_path: Path) -> None:
+    made = isolatency("images", "build", "--model", ROOT / "docs/examples/iris.py:Iris", timeout_s=1500)
+    assert made.returncode == 0, made.stderr  # here, since a sandbox reaches no package index
+    done = isolatency(
+        "run", "--quick", "--only", "load", "--seconds", "1", "--out", tmp_path, "--target", "process",
+        "--model", ROOT / "docs/examples/iris.py:Iris", "--data", ROOT / "docs/examples/iris.npz", sandboxed=True,
+        timeout_s=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = only_folder(tmp_path)
+    told = json.loads((folder / "manifest.json").read_text())["model"]
+    assert told["requirements"] == ["scikit-learn==1.9.1"]
+    assert any(name.startswith("scikit_learn-1.9.1-cp311") for name in told["wheels"])
+    numpy = next(wheel.file for wheel in pins().wheels if wheel.file.startswith("numpy-"))
+    assert numpy in told["wheels"]  # at the version that the server has
+    assert set(pd.read_parquet(folder / "samples.parquet").outcome) == {"ok"}

@@ -17,11 +17,13 @@ from loadtest import _client
 
 
 class Anything(BaseHTTPRequestHandler):
-    """Answers every request with the server's `body`."""
+    """Answers every request with the server's `body`, and what is asked about the model with its `about`, if it has one."""
 
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = self.server.body  # type: ignore[attr-defined]
+        if self.path == "/v2/models/knn":
+            body = getattr(self.server, "about", body)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -45,6 +47,7 @@ def output(**parts: Any) -> bytes:
     return json.dumps({"outputs": [{"name": "label", "shape": [2], "data": [0, 1], **parts}]}).encode()
 
 
+ABOUT = b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}], "outputs": [{"name": "label"}]}'
 ODD = [
     b"", b"no JSON", b"null", b"[]", b"3", b'"text"', b"NaN", b"{}", b"[" * 100_000, b"\xff\xfe",
     b'{"outputs": null}', b'{"outputs": 7}', b'{"outputs": {}}', b'{"outputs": []}', b'{"outputs": [null]}',
@@ -57,16 +60,16 @@ ODD = [
 
 @pytest.mark.parametrize("body", ODD)
 def test_an_odd_answer_is_one_line(server: ThreadingHTTPServer, body: bytes) -> None:
-    server.body = body  # type: ignore[attr-defined]
-    url = f"http://127.0.0.1:{server.server_port}"
-    endpoint = Endpoint("shop", "url", url, None, False, None, 0.1)
-    with pytest.raises(TargetError, match=r"^shop: POST /v2/models/knn/infer ") as error:
-        _client.infer(_client.session(), endpoint, "knn", np.zeros((60, 3), np.float32), timeout_s=60)
-    assert "\n" not in str(error.value)
+    endpoint = Endpoint("shop", "url", f"http://127.0.0.1:{server.server_port}", None, False, None, 0.1)
+    for about, words in ((ABOUT, "POST /v2/models/knn/infer "), (body, "(knn cannot be asked|GET /v2/models/knn)")):
+        server.body, server.about = body, about  # type: ignore[attr-defined]
+        with pytest.raises(TargetError, match=f"^shop: {words}") as error:
+            _client.infer(_client.session(), endpoint, "knn", np.zeros((60, 3), np.float32), timeout_s=60)
+        assert "\n" not in str(error.value)
 
 
 def test_what_is_an_answer_is_taken(server: ThreadingHTTPServer) -> None:
-    server.body = output(data=[float("nan"), 1e300])  # type: ignore[attr-defined]
+    server.body, server.about = output(data=[float("nan"), 1e300]), ABOUT  # type: ignore[attr-defined]
     endpoint = Endpoint("shop", "url", f"http://127.0.0.1:{server.server_port}", None, False, None, 0.1)
     found = _client.infer(_client.session(), endpoint, "knn", np.zeros((60, 3), np.float32), timeout_s=60)
     np.testing.assert_array_equal(found["label"], [np.nan, 1e300] * 2)

@@ -101,9 +101,18 @@ def test_a_wheel_keeps_code_and_metadata_only(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_wheel_with_a_data_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(IsolatencyError, match="data folder"):
-        tree.install_wheel(wheel(tmp_path / "p-1-py3-none-any.whl", "p-1.data/scripts/p"), tmp_path / "site")
+def test_of_a_wheels_data_folder_only_modules_are_taken(tmp_path: Path) -> None:
+    made = wheel(tmp_path / "p-1-py3-none-any.whl", "p-1.data/scripts/p", "p-1.data/purelib/p/a.py", "p/tests/t.py")
+    tree.install_wheel(made, tmp_path / "site", whole=True)
+    found = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*") if path.is_file()}
+    assert found == {"p/a.py", "p/tests/t.py"}
+
+
+@pytest.mark.parametrize("name", ["../p.py", "p-1.data/purelib/../../p.py", "/p.py", "p/../../p.py"])
+def test_a_wheel_that_leads_out_of_the_tree_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(IsolatencyError, match="leads out of the tree"):
+        tree.install_wheel(wheel(tmp_path / "p-1-py3-none-any.whl", name), tmp_path / "site")
+    assert not (tmp_path / "p.py").exists()
 
 
 def bzimage(payload: bytes) -> bytes:

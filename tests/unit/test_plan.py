@@ -1,8 +1,10 @@
 """Plans: what is read, what is refused, and in which words."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from images.errors import UsageError
@@ -164,3 +166,27 @@ def test_what_the_servers_are_told() -> None:
         "--threads", "1", "--spin-us=50.0", "--spin-tail-us=400.0", "--spin-tail-p=0.25",
         "--work-us=200.0", "--work-iterations=7",
     ]  # fmt: skip
+
+
+def test_a_model_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text('class Mine:\n name = "mine"')
+    np.savez(tmp_path / "rows.npz", rows=np.ones((3, 2)))
+    word, data = f"{tmp_path}/mine.py:Mine", str(tmp_path / "rows.npz")
+    made = plan("process", models=("mine", "null"), model_file=word, data=data)
+    _plan.validate(made, HERE)
+    assert made.server_args()[:4] == ["--model", "/opt/app/model/mine.py:Mine", "--model", "null"]
+    assert made.rows_of("mine") == tmp_path / "rows.npz" and made.rows_of("null").is_dir()
+    assert made.for_engine("native", False)["data"] == {"mine": data}
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"data": ""}, "wants rows to be asked"),
+        ({"data": str(tmp_path / "no.npz")}, "no.npz is missing"),
+        ({"models": ("null",)}, "wanted that name in models"),
+        ({"model_file": ""}, "no model is the user's own"),
+        ({"models": ("mine", "other")}, "unknown model 'other'"),
+    ]
+    for change, words in changes:
+        with pytest.raises(UsageError, match=words):
+            _plan.validate(msgspec.structs.replace(made, **change), HERE)
+    (tmp_path / "mine.py").write_text('class Mine:\n name = "knn"')
+    with pytest.raises(UsageError, match="as one of ours is"):
+        _plan.validate(msgspec.structs.replace(made, models=("knn",)), HERE)

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from images.errors import UsageError
 from loadtest import _models
-from loadtest._rows import Checker, Rows, load, prepare, request
+from loadtest._rows import Checker, Rows, Signature, load, prepare, request, signature
 
 
 def rows(n: int = 100, width: int = 5, model: str = "knn") -> Rows:
@@ -47,7 +48,7 @@ def test_large_batches_are_fewer() -> None:
 
 
 def test_the_null_model_answers_1_for_each_row() -> None:
-    made = prepare(Rows("null", rows().rows, None), 3, 1)
+    made = prepare(Rows("null", rows().rows, None), 3, 1, Signature(output="rows"))
     assert made.output == "rows" and made.expected is not None and set(made.expected) == {(1, 1, 1)}
 
 
@@ -89,7 +90,7 @@ def test_rows_of_ones_own(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", rows=np.ones((3, 4)), labels=np.array([1, 0, 1], dtype=np.uint8))
     for place in (tmp_path, tmp_path / "mine.npz"):
         found = load("mine", place)
-        assert found.rows.dtype == np.float32 and found.labels is not None and found.labels.tolist() == [1, 0, 1]
+        assert found.rows.shape == (3, 4) and found.labels is not None and found.labels.tolist() == [1, 0, 1]
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
@@ -114,3 +115,51 @@ def test_the_projects_own_rows(model: str) -> None:
     found = load(model)
     assert len(found.rows) >= 200
     assert (found.labels is None) == (model in _models.LIKE_NULL)
+
+
+def described(*inputs: tuple[str, str, list[int]], outputs: tuple[str, ...] = ("y",)) -> Any:
+    return {
+        "inputs": [dict(zip(("name", "datatype", "shape"), one, strict=True)) for one in inputs],
+        "outputs": [{"name": name} for name in outputs],
+    }
+
+
+def test_a_signature_is_what_the_metadata_say() -> None:
+    assert signature(described(("q", "FP64", [-1, 4]))) == Signature("q", "FP64", 4, "y")
+    assert signature(described(("q", "FP64", [-1, 4]), outputs=("votes", "label"))).output == "label"
+    for metadata in (
+        None, {}, {"inputs": []}, described(), described(("a", "FP32", [-1, 2]), ("b", "FP32", [-1, 2])),
+        described(("q", "BYTES", [-1, 4])), described(("q", "FP32", [-1])), described(("q", "FP32", [-1, 4]), outputs=()),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="wanted one input"):
+            signature(metadata)
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64", "INT64", "UINT8"])
+def test_requests_are_in_the_models_own_type(datatype: str) -> None:
+    whole = Rows("mine", np.arange(12.0).reshape(4, 3), np.arange(4))
+    made = prepare(whole, 2, 1, Signature("q", datatype, 3, "y"))
+    tensor = json.loads(made.bodies[0])["inputs"][0]
+    assert (tensor["name"], tensor["datatype"], tensor["shape"]) == ("q", datatype, [2, 3])
+    kind = float if datatype.startswith("FP") else int
+    assert all(type(value) is kind for value in tensor["data"])
+
+
+def test_answers_that_are_not_whole_may_differ_by_rounding() -> None:
+    made = prepare(Rows("mine", rows().rows, np.linspace(0, 1, 200).reshape(100, 2)), 2, 1, Signature(output="y"))
+    assert made.expected is not None and len(made.expected[0]) == 4
+    checker = Checker(made)
+
+    def given(by: float) -> bool:
+        assert made.expected is not None
+        values = [value + by for value in made.expected[1]]
+        return checker.right(1, json.dumps({"outputs": [{"name": "y", "data": values}]}).encode())
+
+    assert given(1e-7) and not given(1e-2)
+    assert not checker.right(1, b'{"outputs":[{"name":"y","data":["a","b","c","d"]}]}')
+
+
+def test_rows_keep_the_precision_that_they_have(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", rows=np.full((3, 4), 0.1), labels=np.full((3, 2), 0.5))
+    found = load("mine", tmp_path)
+    assert found.rows[0, 0] == 0.1 and found.labels is not None and found.labels.dtype == np.float64
