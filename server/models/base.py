@@ -44,8 +44,6 @@ class Model:
     #: Rows of several requests with equal parameters may share one call: every output has one row for each row of the
     #: inputs, and it depends on that row alone.
     batches: bool = True
-    #: With fewer rows than this, a call for each request costs less than one for all of them.
-    single_below: int = 0
     #: NaN and infinity are values like others; requests without rows are requests like others.
     takes_nonfinite: bool = False
     takes_empty: bool = False

@@ -1,5 +1,7 @@
 """k nearest neighbours, exact, from scratch: Euclidean distance, majority vote, ties by the lower index."""
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ SCORES_MIB = 32  # the most that is scored at once; fewer where the sgemm gains 
 PAIRS = 2**18  # candidates that are decided at once, unless one query has more
 BLOCK = 2**16  # float64 numbers of differences that are held at once: half a MiB, for the cache
 GROUP = 16
+FAR = 1e15  # of a query, in units of the points' reach: before float32 overflows
 K = 5  # where a request names none
 UNIT, UNIT_64 = 2.0**-24, 2.0**-53  # rounding of float32 and, which tells for a query far from all, of float64
 LEAST = 2.0**-120  # rounding of tiny float32 numbers, with room
@@ -25,7 +28,7 @@ Integers = NDArray[np.int64]
 class Neighbours:
     """The nearest of n points of d finite numbers each, found in float32, decided in float64.
 
-    One sgemm of [q, 1] and [x, −½‖x‖²] scores every point by q·x − ½‖x‖², the larger the nearer. Its error has a bound
+    One sgemm of [q, 1] and [x, −½‖x‖²]ᵀ scores every point by q·x − ½‖x‖², the larger the nearer. Its error has a bound
     (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), so every point that could be one of the k
     nearest is a candidate, and float64 decides among those, each pair by itself: an answer is that of float64 over all
     points, bit for bit, whatever BLAS and whatever the batch. Points are centred and scaled by a power of two first,
@@ -45,17 +48,19 @@ class Neighbours:
         self._centre = points.mean(axis=0, dtype=np.float64)
         n, d = points.shape
         self._groups = -(-n // GROUP)
-        self._scorer = np.zeros((self._groups * GROUP, d + 1), dtype=np.float32)
-        self._scorer[n:, d] = -np.inf  # fills the last group, and is never near
+        # Transposed: for few queries BLAS reads it so at twice the speed.
+        self._scorer = np.zeros((d + 1, self._groups * GROUP), dtype=np.float32)
+        self._scorer[d, n:] = -np.inf  # fills the last group, and is never near
         reach = max((float(np.abs(part - self._centre).max(initial=0)) for _, part in self._parts()), default=0.0)
         self._scale = float(np.ldexp(1.0, min(400, -int(np.frexp(reach)[1]))))
         squares = np.empty(n)
         for rows, part in self._parts():
             moved = (part - self._centre) * self._scale
             squares[rows] = np.einsum("ij,ij->i", moved, moved)
-            self._scorer[rows, :d] = moved
-        self._scorer[:n, d] = -0.5 * squares
+            self._scorer[:d, rows] = moved.T
+        self._scorer[d, :n] = -0.5 * squares
         self._radius = float(np.sqrt(squares.max()))
+        self.scored_ns = 0  # of the last call of `nearest`, what went into scores
 
     def _parts(self) -> Iterator[tuple[slice, Array]]:
         """The points a few at a time, so that their float64 form is never whole."""
@@ -70,12 +75,51 @@ class Neighbours:
         n, d = self.points.shape
         if queries.ndim != 2 or queries.shape[1] != d or not 1 <= k <= n:
             raise ValueError(f"wanted rows × {d} queries and k from 1 to {n}; found shape {queries.shape} and k = {k}")
+        self.scored_ns = 0
+        if len(queries) == 1 and (one := self._one(queries[0], k)) is not None:
+            return one[0][None], np.sqrt(one[1])[None]
         found, distances = np.empty((len(queries), k), dtype=np.int64), np.empty((len(queries), k))
-        most = min(SCORES_MIB, max(8, d // 16)) * 2**18 // (len(self._scorer) + 4 * d)
+        most = min(SCORES_MIB, max(8, d // 16)) * 2**18 // (self._groups * GROUP + 4 * d)
         parts = -(-len(queries) // max(1, min(most, PAIRS // (2 * GROUP * k))))
         for rows in _slices(len(queries), -(-len(queries) // max(1, parts)) or 1):
             self._decide(queries[rows], k, found[rows], distances[rows])
         return found, np.sqrt(distances, out=distances)
+
+    def _one(self, query: Array, k: int) -> tuple[Integers, Doubles] | None:
+        """What `_decide` writes, for one query and in fewer steps; None where its candidates are too many for that."""
+        start = time.monotonic_ns()
+        d = len(query)
+        moved = np.subtract(query, self._centre, dtype=np.float64)
+        moved *= self._scale
+        length = math.sqrt(moved.dot(moved))
+        if not length < FAR:
+            return None
+        asked = np.empty(d + 1, dtype=np.float32)
+        asked[:d] = moved
+        asked[d] = 1
+        scores = asked.dot(self._scorer)
+        # A value that k scores reach: the k-th best of groups' maxima, as many groups as cost least.
+        group = math.isqrt(len(scores) // (2 * k))
+        if group >= 4:
+            groups = len(scores) // group
+            near = np.maximum.reduce(scores[: group * groups].reshape(group, groups), axis=0)
+        else:
+            near = scores.copy()
+        near.partition(len(near) - k)
+        point = (scores >= float(near[-k]) - self._slack(length)).nonzero()[0]
+        self.scored_ns += time.monotonic_ns() - start
+        if len(point) * d > BLOCK:
+            return None
+        difference = np.subtract(self.points.take(point, axis=0), query, dtype=np.float64)
+        apart = np.einsum("ij,ij->i", difference, difference)
+        best = apart.argsort(kind="stable")[:k]  # points are in order, so a tie goes to the lower index
+        return point[best], apart[best]
+
+    def _slack(self, length: Any) -> Any:
+        """Twice the most that a score is wrong by, of a query that far from the centre, and what is then decided."""
+        reach = length + self._radius
+        d = len(self._centre)
+        return 2 * (d + 8) * (UNIT * self._radius * reach + UNIT_64 * reach**2 + LEAST * (length + 1))
 
     def _decide(self, queries: Array, k: int, found: Integers, distances: Doubles) -> None:
         """Write the k nearest of each query and their squared distances."""
@@ -97,21 +141,22 @@ class Neighbours:
 
     def _candidates(self, queries: Array, k: int) -> tuple[Integers, Integers] | None:
         """Pairs of a query and a point that may be one of its k nearest, by query; None where they are too many."""
+        start = time.monotonic_ns()
         rows, d = queries.shape
         moved = np.subtract(queries, self._centre, dtype=np.float64)
         moved *= self._scale
         length = np.sqrt(np.einsum("ij,ij->i", moved, moved))
-        reach = length + self._radius
-        slack = 2 * (d + 8) * (UNIT * self._radius * reach + UNIT_64 * reach**2 + LEAST * (length + 1))
-        far = ~(length < 1e15)  # before float32 overflows every point is a candidate
+        slack = self._slack(length)
+        far = ~(length < FAR)  # then every point is a candidate
         moved[far], slack[far] = 0, 1e30
         asked = np.ones((rows, d + 1), dtype=np.float32)
         asked[:, :d] = moved
-        scores = asked @ self._scorer.T
+        scores = asked @ self._scorer
         grouped = scores.reshape(rows, GROUP, self._groups)
         near = grouped.max(axis=1) if 4 * k <= self._groups else scores
         bound = (_reached(near, k) - slack.astype(np.float32))[:, None]
         hits = np.flatnonzero(near >= bound)
+        self.scored_ns += time.monotonic_ns() - start
         if rows > 1 and len(hits) * (scores.size // near.size) > PAIRS:
             return None
         row, column = np.divmod(hits, near.shape[1])
@@ -123,6 +168,10 @@ class Neighbours:
 
     def vote(self, neighbours: Integers) -> tuple[Integers, Integers]:
         """The label that most of each row's neighbours have, a tie by the lower label, and how many have it."""
+        if len(neighbours) == 1:
+            counts = np.bincount(self._class[neighbours[0]])
+            winner = counts.argmax()
+            return self.classes[winner : winner + 1].copy(), counts[winner : winner + 1]
         labels, votes = np.empty(len(neighbours), dtype=np.int64), np.empty(len(neighbours), dtype=np.int64)
         size = len(self.classes)
         for rows in _slices(len(neighbours), max(1, PAIRS // (size + neighbours.shape[1]))):
@@ -202,6 +251,9 @@ class KNN(Model):
         asked = batch.inputs["x"]
         if self._set.unit is None:
             asked = (asked.astype(np.float64) - self._mean) * self._scale
+        start = time.monotonic_ns()
         found, distances = self._neighbours.nearest(asked, batch.parameters.get("k", K))
         labels, votes = self._neighbours.vote(found)
+        scored = self._neighbours.scored_ns
+        self.stages = {"score": scored, "decide": time.monotonic_ns() - start - scored}
         return {"label": labels, "votes": votes, "neighbours": found, "distances": distances}

@@ -1,10 +1,11 @@
-"""What the models cost over the matrix products that they cannot do without, and beside faiss and scikit-learn.
+"""What the models cost over the matrix products that they cannot do without, and beside libraries that do the same.
 
     python tests/bench/bench_models.py [--rounds 15] [--only knn|inference|training]
 
 Prints a table of ratios. All contestants of a line run in every round, in another order each; a ratio is that of one
-round, and the table has its median and quartiles, so that what the machine does besides touches all alike. faiss-cpu
-and scikit-learn are no dependencies: where they are missing, the table says so. One thread; times are of this machine.
+round, and the table has its median and quartiles, so that what the machine does besides touches all alike. faiss-cpu,
+scikit-learn, onnxruntime (with onnx) and torch are no dependencies: where they are missing, the table says so. One
+thread; times are of this machine.
 """
 
 # ruff: noqa: E402  (the environment comes before NumPy)
@@ -41,12 +42,14 @@ def optional(name: str) -> Any:
 
 
 FAISS, NEIGHBOURS, PERCEPTRON = optional("faiss"), optional("sklearn.neighbors"), optional("sklearn.neural_network")
+ONNX, ONNXRUNTIME, TORCH = optional("onnx.helper"), optional("onnxruntime"), optional("torch")
+PEERS = {"faiss-cpu": FAISS, "scikit-learn": NEIGHBOURS, "onnxruntime": ONNX and ONNXRUNTIME, "torch": TORCH}
 
 
 def knn() -> Iterator[Line]:
     """The floor is one sgemm of queries and points into memory that is there."""
     chance = np.random.default_rng(0)
-    for n, d, rows in ((569, 30, 64), (10_000, 64, 1), (10_000, 64, 64), (10_000, 64, 512), (10_000, 784, 64),
+    for n, d, rows in ((569, 30, 1), (569, 30, 64), (10_000, 64, 1), (10_000, 64, 64), (10_000, 64, 512), (10_000, 784, 64),
                        (10_000, 784, 512)):  # fmt: skip
         points = chance.standard_normal((n, d), dtype=np.float32)
         queries = chance.standard_normal((rows, d), dtype=np.float32)
@@ -58,7 +61,7 @@ def knn() -> Iterator[Line]:
         if FAISS:
             index = FAISS.IndexFlatL2(d)
             index.add(points)
-            calls["faiss"] = lambda i=index, q=queries: i.search(q, K)
+            calls["faiss-cpu"] = lambda i=index, q=queries: i.search(q, K)
         if NEIGHBOURS:
             brute = NEIGHBOURS.NearestNeighbors(n_neighbors=K, algorithm="brute").fit(points)
             calls["scikit-learn"] = lambda b=brute, q=queries: b.kneighbors(q)
@@ -88,13 +91,74 @@ def inference() -> Iterator[Line]:
         for rows in (1, 64):
             x = np.random.default_rng(1).random((rows, layers[0]), dtype=np.float32)
             network = Network.random(1, layers)
-            yield (
-                f"inference, {'-'.join(map(str, layers))}, batch {rows}",
-                {
-                    "floor": products(layers, rows, training=False),
-                    "ours": lambda n=network, x=x: n.probabilities(x),
-                },
-            )
+            calls: dict[str, Call] = {
+                "floor": products(layers, rows, training=False),
+                "ours": lambda n=network, x=x: n.probabilities(x),
+            }
+            if PEERS["onnxruntime"]:
+                session = onnx_session(network)
+                calls["onnxruntime"] = lambda s=session, x=x: s.run(None, {"x": x})[0]
+            if TORCH:
+                calls["torch"] = torch_inference(network, x)
+            for name, call in calls.items():
+                assert name == "floor" or np.allclose(np.asarray(call()).reshape(rows, -1), calls["ours"](), atol=1e-4)
+            yield f"inference, {'-'.join(map(str, layers))}, batch {rows}", calls
+
+
+def onnx_session(network: Network) -> Any:
+    """The same network: Gemm, Relu, …, Softmax, on one thread."""
+    nodes, numbers, here = [], [], "x"
+    last = len(network.weights) - 1
+    for layer, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+        for name, value in ((f"w{layer}", weight), (f"b{layer}", bias)):
+            numbers.append(ONNX.make_tensor(name, 1, value.shape, value.tobytes(), raw=True))
+        nodes.append(ONNX.make_node("Gemm", [here, f"w{layer}", f"b{layer}"], [f"z{layer}"]))
+        here = "y" if layer == last else f"h{layer}"
+        kind = {"axis": 1} if layer == last else {}
+        nodes.append(ONNX.make_node("Softmax" if layer == last else "Relu", [f"z{layer}"], [here], **kind))
+    ends = [
+        ONNX.make_tensor_value_info(name, 1, ["rows", size]) for name, size in (("x", network.layers[0]), ("y", 10))
+    ]
+    graph = ONNX.make_graph(nodes, "network", ends[:1], ends[1:], numbers)
+    model = ONNX.make_model(graph, opset_imports=[ONNX.make_opsetid("", 17)], ir_version=9)
+    options = ONNXRUNTIME.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return ONNXRUNTIME.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def torch_network(layers: tuple[int, ...]) -> Any:
+    parts: list[Any] = []
+    for a, b in pairwise(layers):
+        parts += [TORCH.nn.Linear(a, b), TORCH.nn.ReLU()]
+    return TORCH.nn.Sequential(*parts[:-1])
+
+
+def torch_inference(network: Network, x: Any) -> Call:
+    same, asked = torch_network(network.layers), TORCH.from_numpy(x)
+    linear = [part for part in same if isinstance(part, TORCH.nn.Linear)]
+    for part, weight, bias in zip(linear, network.weights, network.biases, strict=True):
+        part.weight.data, part.bias.data = TORCH.from_numpy(weight.T.copy()), TORCH.from_numpy(bias.copy())
+
+    def run() -> Any:
+        with TORCH.inference_mode():
+            return TORCH.softmax(same(asked), 1)
+
+    return run
+
+
+def torch_epoch(layers: tuple[int, ...], x: Any, labels: Any, batch: int, optimiser: str) -> Call:
+    network, rows, truth = torch_network(layers), TORCH.from_numpy(x), TORCH.from_numpy(labels)
+    learn = {"adam": TORCH.optim.Adam, "sgd": TORCH.optim.SGD}[optimiser](network.parameters(), lr=1e-4)
+
+    def run() -> None:
+        order = TORCH.randperm(len(rows))
+        for start in range(0, len(rows), batch):
+            chosen = order[start : start + batch]
+            learn.zero_grad()
+            TORCH.nn.functional.cross_entropy(network(rows[chosen]), truth[chosen]).backward()
+            learn.step()
+
+    return run
 
 
 def training() -> Iterator[Line]:
@@ -121,6 +185,8 @@ def training() -> Iterator[Line]:
         if PERCEPTRON:
             peer = PERCEPTRON.MLPClassifier(layers[1:-1], solver=optimiser, batch_size=batch, max_iter=1)
             calls["scikit-learn"] = lambda p=peer, x=x, y=labels: p.fit(x, y)
+        if TORCH:
+            calls["torch"] = torch_epoch(layers, x, labels, batch, optimiser)
         yield f"training, {optimiser}, {'-'.join(map(str, layers))}, batch {batch}", calls
 
 
@@ -154,6 +220,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("knn", "inference", "training"))
     given = parser.parse_args()
     threadpool_limits(1)
+    if TORCH:
+        TORCH.set_num_threads(1)
     if FAISS:
         FAISS.omp_set_num_threads(1)
     blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
@@ -162,20 +230,20 @@ def main() -> None:
         print(f"BLAS: {library['internal_api']} {library['version']}, kernel {library.get('architecture')}: {file}")
     if len({library.get("architecture") for library in blas}) > 1:
         print("These kernels differ: a ratio to a peer is one of libraries and kernels together.")
-    for name, there in (("faiss-cpu", FAISS), ("scikit-learn", NEIGHBOURS)):
+    for name, there in PEERS.items():
         if not there:
-            print(f"{name} is not installed; its columns stay empty (pip install {name})")
+            print(f"{name} is not installed and not in the table (pip install {name})")
     print(f"\nMedian of {given.rounds} rounds (quartiles).\n")
-    print("| what | floor, µs | ours, µs | ours / floor | faiss / ours | scikit-learn / ours |")
-    print("|---|---|---|---|---|---|")
+    print("| what | floor, µs | ours, µs | ours / floor | peers' times / ours |")
+    print("|---|---|---|---|---|")
     for group in (knn, inference, training):
         if given.only not in (None, group.__name__):
             continue
         for what, calls in group():
             found = measure(calls, given.rounds)
             times = [f"{1e6 * np.median(found[name]):,.1f}" for name in ("floor", "ours")]
-            peers = [ratio(found[name], found["ours"]) if name in found else "" for name in ("faiss", "scikit-learn")]
-            print("|", " | ".join([what, *times, ratio(found["ours"], found["floor"]), *peers]), "|", flush=True)
+            peers = "; ".join(f"{name} {ratio(found[name], found['ours'])}" for name in PEERS if name in found)
+            print("|", " | ".join([what, *times, ratio(found["ours"], found["floor"]), peers]), "|", flush=True)
 
 
 if __name__ == "__main__":
