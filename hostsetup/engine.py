@@ -16,7 +16,7 @@ from hostsetup import machine
 from hostsetup.cgroup import placed
 from hostsetup.ledger import Ledger
 from hostsetup.namespaces import host_root
-from images import shell
+from images import shell, store
 
 CONFIG = Path("/etc/docker/daemon.json")
 # dockerd and containerd use these whatever they are told. A containerd of the machine's would start containers outside
@@ -46,8 +46,8 @@ class Engine:
 
 
 @contextmanager
-def engine(ledger: Ledger, runtime: Path, data: Path) -> Iterator[Engine]:
-    """The engine for a sandbox with these two folders; its control group is there for as long as this is.
+def engine(ledger: Ledger, runtime: Path) -> Iterator[Engine]:
+    """The engine for a sandbox with this folder; its control group is there for as long as this is.
 
     It has the first core, which is the load client's wherever that has one of its own: what it does there while
     targets are measured is not taken from them.
@@ -56,11 +56,13 @@ def engine(ledger: Ledger, runtime: Path, data: Path) -> Iterator[Engine]:
         yield Engine()
         return
     hidden = _make(ledger)
+    data = store.cache_dir() / runtime.name  # on a disk
+    ledger.folder(data)
     ledger.add("cgroup", name=(parent := f"isolatency-{ledger.id}-engine"))
     config = runtime / "daemon.json"
     config.write_text(json.dumps(_settings()))
     command: list[str | Path] = [
-        "dockerd", "--config-file", config, "-H", "fd://", "--data-root", data / "docker",
+        "dockerd", "--config-file", config, "-H", "fd://", "--data-root", data,
         "--exec-root", runtime / "exec", "--pidfile", runtime / "docker.pid", "--cgroup-parent", f"/{parent}",
         "--exec-opt", "native.cgroupdriver=cgroupfs", "--userland-proxy=false", "--log-level", "warn",
     ]  # fmt: skip

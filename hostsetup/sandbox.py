@@ -24,7 +24,7 @@ from hostsetup import machine
 from hostsetup.engine import Engine, engine
 from hostsetup.ledger import Ledger
 from hostsetup.namespaces import SANDBOX as VARIABLE
-from images import shell, store
+from images import shell
 from images.errors import IsolatencyError, UsageError
 
 SOCKET = "docker.sock"
@@ -48,13 +48,13 @@ def run(command: Sequence[str]) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INSIDE)
     try:
         with Ledger.open("sandbox", " ".join(shlex.join(command).split())[:60]) as ledger:
-            entry, runtime = _folder(ledger, books.folder())  # sockets: their paths must stay below 108 bytes
-            _, data = _folder(ledger, store.cache_dir())
-            with engine(ledger, runtime, data) as docker:
+            runtime = books.folder() / f"sandbox-{ledger.id}"  # sockets: their paths must stay below 108 bytes
+            entry = ledger.folder(runtime)
+            with engine(ledger, runtime) as docker:
                 _, mark = ledger.mark("sandbox")
                 host = {"DOCKER_HOST": f"unix://{runtime / SOCKET}"}
                 environment = os.environ | {VARIABLE: ledger.id} | host | mark
-                inner: list[str | Path] = [sys.executable, "-P", "-m", "hostsetup.sandbox", runtime, data, str(docker)]
+                inner: list[str | Path] = [sys.executable, "-P", "-m", "hostsetup.sandbox", runtime, str(docker)]
                 argv = [*_unshare(), *inner, *command]
                 process = shell.spawn(argv, env=environment, stdin=None, stdout=None, stderr=None, new_session=False)
                 code = _wait(process)
@@ -63,12 +63,6 @@ def run(command: Sequence[str]) -> int:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return code if code >= 0 else 128 - code
-
-
-def _folder(ledger: Ledger, parent: Path) -> tuple[int, Path]:
-    """A folder of the sandbox's, and its entry."""
-    path = parent / f"sandbox-{ledger.id}"
-    return ledger.folder(path), path
 
 
 def _unshare() -> list[str | Path]:
@@ -112,9 +106,8 @@ def _remove_what_ended_in(sandbox: str) -> None:
 class _Inner:
     """Process 1 of the sandbox."""
 
-    def __init__(self, runtime: Path, data: Path, docker: Engine, command: Sequence[str]) -> None:
+    def __init__(self, runtime: Path, docker: Engine, command: Sequence[str]) -> None:
         self._runtime = runtime
-        self._data = data
         self._docker = docker
         self._command = command
         self._engine = 0
@@ -197,7 +190,7 @@ class _Inner:
         listener.close()
 
     def _log(self) -> Path:
-        return self._data / "dockerd.log"
+        return self._runtime / "dockerd.log"
 
     def _engine_died(self) -> None:
         """Say why; the socket's end goes with the engine, so whoever waits for an answer gets an error."""
@@ -207,9 +200,9 @@ class _Inner:
 
 
 def _main() -> int:
-    runtime, data, docker, *command = sys.argv[1:]
+    runtime, docker, *command = sys.argv[1:]
     try:
-        return _Inner(Path(runtime), Path(data), Engine.of(docker), command).run()
+        return _Inner(Path(runtime), Engine.of(docker), command).run()
     except IsolatencyError as error:
         print(f"isolatency: {error}", file=sys.stderr)
         return error.exit_code

@@ -233,9 +233,12 @@ def _full() -> IsolatencyError:
 
 
 def sweep() -> list[str]:
-    """Remove what a killed build left; returns sentences of what was removed. A build under way is left alone."""
+    """Remove what a killed build left; returns sentences of what was removed. A build under way is left alone.
+
+    So is a cache of another user's, which one may use and not change.
+    """
     root = cache_dir()
-    if not (root / "tmp").is_dir():
+    if not os.access(root / "tmp", os.W_OK):
         return []
     with (root / "lock").open("w") as lock:
         try:

@@ -201,7 +201,10 @@ def test_without_root_it_is_a_user_namespace_with_its_own_ledger(tmp_path: Path)
     home = Path("/tmp") / f"isolatency-test-{os.getpid()}"  # tmp_path is closed to others
     home.mkdir()
     os.chown(home, 12345, 12345)
+    cache = home / "cache"  # of another user, from which one may read
+    (cache / "tmp").mkdir(parents=True)
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "XDG_RUNTIME_DIR": str(home)}
+    environment |= {"ISOLATENCY_CACHE": str(cache), "PYTHONPATH": str(Path(__file__).parents[2])}
     try:
         # By way of a shell: setpriv's own exec still has root's rights.
         python = ["sh", "-c", 'exec "$@"', "sh", sys.executable, "-c", "import hostsetup"]
@@ -219,6 +222,10 @@ def test_without_root_it_is_a_user_namespace_with_its_own_ledger(tmp_path: Path)
         assert done.returncode == 0, done.stderr
         uid, place, owners, _ = json.loads(done.stdout)
         assert (uid, place, owners) == (0, f"{home}/isolatency", ["sandbox"])
+        clean = subprocess.run(
+            [*nobody, ISOLATENCY, "clean"], capture_output=True, text=True, env=environment, timeout=60
+        )
+        assert (clean.returncode, clean.stdout) == (0, "nothing to remove\n"), clean.stderr
         assert list((home / "isolatency").glob("sandbox-*")) == [] == list((home / "isolatency").glob("*.jsonl"))
     finally:
         shutil.rmtree(home)
