@@ -242,13 +242,19 @@ def _step(text: str) -> None:
 @click.option("--baseline", metavar="NAME", help="Compare against this target instead of the first.")
 @margin_option
 @fail_if_option
-def report(run_folder: Path, baseline: str | None, margin: str | None, gates: Sequence[str]) -> None:
-    """Make the table, report.md and summary.json again from a run folder alone."""
+@click.option(
+    "--format", "form", type=click.Choice(["html", "md", "json", "csv"]), help="Print this in place of the tables."
+)
+def report(run_folder: Path, baseline: str | None, margin: str | None, gates: Sequence[str], form: str | None) -> None:
+    """Make report.html, report.md, summary.json and the tables again from a run folder alone."""
     from loadtest import _compare, _gate, _report
 
     wanted = [_gate.parse(text) for text in gates]
     summary = _report.write(run_folder, baseline, margin)
-    _report.terminal(summary, Console())
+    if form:
+        print(_report.formatted(summary, form), end="")
+    else:
+        _report.terminal(summary, Console())
     sys.exit(_tell(_compare.of_run(wanted, summary)))
 
 

@@ -24,6 +24,7 @@ from loadtest import _batch, _samples
 from loadtest._plan import Plan
 
 SCHEMA = 1
+PEAK_COLUMNS = ("restart", "target", "model", "bound", "rate_rps", "low_rps", "high_rps", "reason")
 ROWS = _samples.ROW_GROUP  # read at a time
 SETTLE_NS = 20_000_000  # after a switch caches are cold: p99 was 2.4 to 2.7 % higher in a block's first 10 to 20 ms
 _COLUMNS = ["restart", "block", "target", "model", "load", "intended_ns", "received_ns", "outcome", "warmup"]
@@ -85,6 +86,7 @@ class Folder:
     requests: dict[Key, Requests] = field(default_factory=dict)
     blocks: pd.DataFrame = field(default_factory=pd.DataFrame)
     batch: pd.DataFrame = field(default_factory=pd.DataFrame)
+    peaks: pd.DataFrame = field(default_factory=pd.DataFrame)
     gaps: list[str] = field(default_factory=list)
 
 
@@ -99,6 +101,8 @@ def read(run: Path) -> Folder:
         folder.requests = _requests(folder)
     if (run / "batch.csv").exists():
         folder.batch = _table(run / "batch.csv", _batch.COLUMNS, folder.gaps)
+    if (run / "peak.csv").exists():
+        folder.peaks = _table(run / "peak.csv", PEAK_COLUMNS, folder.gaps)
     folder.gaps += _missing(folder)
     return folder
 
@@ -139,7 +143,7 @@ def _parts(run: Path, stem: str, ending: str) -> list[Path]:
 
 def _table(path: Path, columns: Sequence[str], gaps: list[str]) -> pd.DataFrame:
     """A CSV file of ours; the half line of a writer that was killed is left out and noted in `gaps`."""
-    texts = {"target", "label", "emulated", "job", "scale", "model", "load", "warmup"}
+    texts = {"target", "label", "emulated", "job", "scale", "model", "load", "warmup", "bound", "reason"}
     try:
         text = path.read_text()
         whole, _, torn = text.rpartition("\n")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from images.errors import UsageError
 from loadtest._schema import Ratio
-from loadtest._verdict import percent
+from loadtest._verdict import span
 
 EXCEEDED, KEPT, OPEN = 3, 0, 5
 METRICS = ("p50", "p99", "throughput")
@@ -60,7 +60,7 @@ def _one(gate: Gate, ratio: Ratio | None) -> Outcome:
     beyond, within = ratio.low > gate.limit, ratio.high < gate.limit
     if gate.sign == "<":
         beyond, within = ratio.high < gate.limit, ratio.low > gate.limit
-    shown = f"{gate.text}: it is {percent(ratio.low)} to {percent(ratio.high)}"
+    shown = f"{gate.text}: it is {span(ratio.low, ratio.high)}"
     if beyond:
         return Outcome(EXCEEDED, f"exceeded: {shown}")
     if within:

@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from loadtest import _flat
 from loadtest._schema import Summary
 from loadtest._summary import summarise
 from loadtest._tables import Grid, grids
@@ -42,12 +43,31 @@ def _how_to_read(summary: Summary) -> tuple[str, str]:
 
 
 def write(run: Path, baseline: str | None = None, margin: str | None = None) -> Summary:
-    """Make summary.json and report.md of a run folder. Raises UsageError as `summarise` does, OSError where the folder
-    cannot be written."""
+    """Make summary.json, report.md and report.html of a run folder.
+
+    Raises UsageError as `summarise` does, OSError where the folder cannot be written."""
     summary = summarise(run, baseline, margin)
-    _replace(run / "summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2))
-    _replace(run / "report.md", _markdown(summary).encode())
+    _replace(run / "summary.json", encoded(summary))
+    _replace(run / "report.md", markdown(summary).encode())
+    _replace(run / "report.html", html(summary).encode())
     return summary
+
+
+def formatted(summary: Summary, form: str) -> str:
+    """The report as one text: html, md, json or csv."""
+    if form == "json":
+        return encoded(summary).decode() + "\n"
+    return {"html": html, "md": markdown, "csv": _flat.text}[form](summary)
+
+
+def encoded(summary: Summary) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(summary), indent=2)
+
+
+def html(summary: Summary) -> str:
+    from loadtest import _html  # brings matplotlib, which takes a second
+
+    return _html.render(summary, _head(summary, answer=False), _how_to_read(summary))
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -101,7 +121,7 @@ def _table(grid: Grid) -> Table:
     return table
 
 
-def _markdown(summary: Summary) -> str:
+def markdown(summary: Summary) -> str:
     parts = [f"# isolatency: {summary.run}", *_head(summary)]
     for grid in grids(summary):
         rule = ["---" if number < grid.words else "---:" for number in range(len(grid.columns))]
@@ -115,15 +135,16 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def _head(summary: Summary) -> list[str]:
-    """What touches every figure: that the run is partial, its errors, the machine, what was odd in the whole run."""
+def _head(summary: Summary, *, answer: bool = True) -> list[str]:
+    """What touches every figure: that the run is partial, its errors, the machine, what was odd in the whole run; and
+    the answer."""
     lines = []
     if summary.partial:
         lines.append("PARTIAL: this run did not go to its end; the figures are of what was measured until then.")
     lines += [f"ERROR: {error}" for error in summary.errors]
     lines.append(f"{shlex.join(summary.command) or 'isolatency'}, begun {summary.started or 'at an unknown time'}")
     lines.append(_machine(summary.machine) + _busy(summary))
-    return [*lines, *(f"NOTE: {text}" for text in summary.run_caveats), *summary.answer]
+    return [*lines, *(f"NOTE: {text}" for text in summary.run_caveats), *(summary.answer if answer else [])]
 
 
 def _machine(machine: dict[str, Any]) -> str:

@@ -186,6 +186,18 @@ class Price(msgspec.Struct, frozen=True):
     error_us: Span | None
 
 
+class Peak(msgspec.Struct, frozen=True):
+    """The highest rate that held `bound`, such as p99<=5ms: over starts, or what one search bracketed."""
+
+    target: str
+    label: str
+    emulated: bool
+    model: str
+    bound: str
+    rate_rps: Span | None
+    reason: str | None
+
+
 class Direct(msgspec.Struct, frozen=True):
     """firecracker over docker, the 2023 report's question, where both ran unemulated."""
 
@@ -197,7 +209,7 @@ class Direct(msgspec.Struct, frozen=True):
 
 class Summary(msgspec.Struct, frozen=True):
     """summary.json. `answer` is the result in words; `caveats` has all sentences: those of the run, of the targets, of
-    the cells and of batch jobs."""
+    the cells, of the stages and of batch jobs."""
 
     schema: int
     run: str
@@ -217,7 +229,9 @@ class Summary(msgspec.Struct, frozen=True):
     batch: list[Batch]
     starts: list[StartCost]
     stages: list[Stages]
+    stage_caveats: list[str]
     prices: list[Price]
+    peaks: list[Peak]
     direct: Direct | None
     caveats: list[str]
     run_caveats: list[str]

@@ -7,10 +7,10 @@ import msgspec
 import numpy as np
 
 from images.errors import UsageError
-from loadtest import _cells, _folder, _jobs, _price, _stages, _starts, _verdict, _words
+from loadtest import _cells, _folder, _jobs, _price, _stages, _starts, _stats, _verdict, _words
 from loadtest._cells import Logs
 from loadtest._folder import Folder, Target
-from loadtest._schema import REFERENCE, SCHEMA, Direct, DirectCell, DirectJob, StartCost, Summary
+from loadtest._schema import REFERENCE, SCHEMA, Direct, DirectCell, DirectJob, Peak, Span, StartCost, Summary
 from loadtest._verdict import Margins
 
 PRIMARY = ("knn", "closed-1")
@@ -27,29 +27,30 @@ def summarise(run: Path, baseline: str | None = None, margin: str | None = None)
     margins = _verdict.margins(margin or folder.plan.margin)
     primary = _primary(folder)
     logs = _cells.logs(folder)
-    targets = [msgspec.structs.replace(target, caveats=_of_target(target)) for target in folder.targets]
+    restarts = _restarts(folder)
+    targets = [msgspec.structs.replace(target, caveats=_of_target(target, restarts)) for target in folder.targets]
     cells = _cells.cells(folder, base, logs, primary, margins)
     batch, differences = _jobs.batch(folder, base)
     stages, unsound = _stages.stages(folder)
     run_caveats = [*folder.manifest.get("caveats", []), *notes, *folder.gaps, *differences, *_stolen(folder.manifest)]
-    run_caveats += unsound
     if cells:
         dropped = sum(cell.warmup_requests for cell in cells)
         total = dropped + sum(cell.requests for cell in cells)
         run_caveats.append(f"warm-up: the first blocks of each cell, {dropped} of {total} requests, are in no figure")
-    parts = [run_caveats, *(target.caveats for target in targets)]
+    parts = [run_caveats, unsound, *(target.caveats for target in targets)]
     parts += [cell.caveats for cell in cells] + [row.caveats for row in batch]
     manifest = folder.manifest
     direct = _direct(folder, logs, primary, margins)
     return Summary(
         schema=SCHEMA, run=run.resolve().name, started=manifest.get("started"), ended=manifest.get("ended"),
         command=manifest.get("command", []), seed=folder.plan.seed,
-        restarts=_restarts(folder), primary=[":".join(cell) for cell in primary], margins=margins._asdict(),
+        restarts=restarts, primary=[":".join(cell) for cell in primary], margins=margins._asdict(),
         answer=_words.answer(targets, cells, direct, base, primary),
         partial=bool(manifest.get("partial", True)) or bool(folder.gaps), baseline=base,
         allow_difference=folder.plan.allow_difference, targets=targets, cells=cells, batch=batch,
         starts=_start_costs(targets, base),
-        stages=stages, prices=_price.prices(folder, base, logs, stages), direct=direct,
+        stages=stages, stage_caveats=unsound,
+        prices=_price.prices(folder, base, logs, stages), peaks=_peaks(folder), direct=direct,
         caveats=list(dict.fromkeys(text for part in parts for text in part)),
         run_caveats=run_caveats, errors=manifest.get("errors", []),
         report_reference=REFERENCE | {"differs": _differs(folder)}, machine=manifest.get("machine", {}),
@@ -80,9 +81,11 @@ def _stolen(manifest: dict[str, Any]) -> list[str]:
     return [text] if share > STOLEN_TOLERANCE else []
 
 
-def _of_target(target: Target) -> list[str]:
+def _of_target(target: Target, restarts: int) -> list[str]:
     named = [f"{target.label}: {text.removeprefix(f'{target.name}: ')}" for text in target.caveats]
     differences = target.parity.get("differences", [])
+    if target.kind == "url" and restarts > 1:
+        named.append(f"{target.label}: cannot be started again: what is said of it is of this instance")
     return [*named, *(f"{target.label}: not comparable: {text}" for text in differences)]
 
 
@@ -124,6 +127,26 @@ def _start_costs(targets: list[Target], base: str | None) -> list[StartCost]:
                         target.name, target.label, target.emulated, len(target.starts), spans[0], spans[1], *ratios
                     )
                 )
+    return found
+
+
+def _peaks(folder: Folder) -> list[Peak]:
+    """Over starts where there are enough; else the search's own bracket, which holds nothing that starts differ by."""
+    found: list[Peak] = []
+    if not len(folder.peaks):
+        return found
+    for (model, bound), rows in folder.peaks.groupby(["model", "bound"], sort=False):
+        for target in folder.targets:
+            mine = rows[rows["target"] == target.name]
+            rates = mine["rate_rps"].dropna()
+            span = None
+            if len(rates) >= _stats.MIN_PAIRS:
+                span = Span(*_stats.interval(_stats.location(np.array(rates, dtype=float))))
+            elif len(rates):
+                span = Span(float(rates.mean()), float(mine["low_rps"].min()), float(mine["high_rps"].max()))
+            if len(mine):
+                reason = "; ".join(text for text in dict.fromkeys(mine["reason"]) if text) or None
+                found.append(Peak(target.name, target.label, target.emulated, str(model), str(bound), span, reason))
     return found
 
 

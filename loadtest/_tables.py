@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from loadtest._schema import Batch, Cell, Direct, Ratio, Ratios, Span, Summary
+from loadtest._schema import Batch, Cell, Direct, Peak, Ratio, Ratios, Span, Summary
 from loadtest._verdict import in_words, percent
 
 NOTHING = "–"
@@ -24,39 +24,43 @@ class Grid(NamedTuple):
 def grids(summary: Summary) -> list[Grid]:
     """All tables in their order; emulated targets come last, in tables of their own, and are in no ratio."""
     native = [cell for cell in summary.cells if not cell.emulated]
-    jobs = [row for row in summary.batch if not row.emulated]
-    found = [_verdicts(summary)] if any(cell.ratio for cell in native) else []
-    found.append(_targets(summary))
-    if native or jobs:
-        found.append(_overview(summary, native, jobs))
-    found += [_serving("Serving", native)] if native else []
-    found += [_jobs("Batch jobs", jobs)] if jobs else []
+    batch = [row for row in summary.batch if not row.emulated]
+    found = [verdicts(summary)] if any(cell.ratio for cell in native) else []
+    found.append(targets(summary))
+    if native or batch:
+        found.append(overview(summary, native, batch))
+    found += [serving("Serving", native)] if native else []
+    found += [jobs("Batch jobs", batch)] if batch else []
     if any(cell.ratio for cell in native):
-        found.append(_ratios(f"Serving, over {summary.baseline}, with 95 % intervals", native))
-        found.append(_could_be(f"How large a difference to {summary.baseline} could still be, at 95 %", native))
-    if any(row.ratio for row in jobs):
-        found.append(_job_ratios(f"Batch jobs, over {summary.baseline}, with 95 % intervals", jobs))
+        found.append(ratios(f"Serving, over {summary.baseline}, with 95 % intervals", native))
+        found.append(could_be(str(summary.baseline), native))
+    if any(row.ratio for row in batch):
+        found.append(job_ratios(f"Batch jobs, over {summary.baseline}, with 95 % intervals", batch))
     if summary.direct and summary.direct.cells:
-        found.append(_direct(summary.direct))
-    found += _stages(summary, emulated=False)
+        found.append(direct(summary.direct))
+    found += stages(summary, emulated=False)
     if summary.prices:
-        found.append(_prices(summary))
+        found.append(prices(summary))
     if summary.starts:
-        found.append(_starts(summary))
+        found.append(starts(summary))
+    if real := [row for row in summary.peaks if not row.emulated]:
+        found.append(peaks("Peak", real))
     if summary.batch:
-        found.append(_reference(summary, jobs))
+        found.append(reference(summary, batch))
     emulated = "emulated: no figure here says anything about the real thing"
     cells = [cell for cell in summary.cells if cell.emulated]
     slow = [row for row in summary.batch if row.emulated]
-    found += [_serving(f"Serving, {emulated}", cells)] if cells else []
-    found += [_jobs(f"Batch jobs, {emulated}", slow)] if slow else []
-    found += _stages(summary, emulated=True)
+    found += [serving(f"Serving, {emulated}", cells)] if cells else []
+    found += [jobs(f"Batch jobs, {emulated}", slow)] if slow else []
+    found += stages(summary, emulated=True)
+    if slow_peaks := [row for row in summary.peaks if row.emulated]:
+        found.append(peaks(f"Peak, {emulated}", slow_peaks))
     if summary.allow_difference:
         found = [grid._replace(title=f"{grid.title} (UNEQUAL TARGETS: --allow-difference)") for grid in found]
     return found
 
 
-def _verdicts(summary: Summary) -> Grid:
+def verdicts(summary: Summary) -> Grid:
     """p50 and p99 of the primary cells, over the baseline, and firecracker over docker."""
     labels = {target.name: target.label for target in summary.targets}
     given = [
@@ -93,10 +97,10 @@ def _added(ratio: Ratio) -> str:
     span = ratio.added_us
     if span is None or span.low is None or span.high is None:
         return NOTHING
-    return f"{span.estimate:+,.1f} ({span.low:+,.1f} to {span.high:+,.1f})".replace("-", "−")
+    return _signed(span, 1)
 
 
-def _could_be(title: str, cells: Sequence[Cell]) -> Grid:
+def could_be(base: str, cells: Sequence[Cell]) -> Grid:
     rows = [
         (
             f"{cell.model}, {cell.load}",
@@ -106,10 +110,11 @@ def _could_be(title: str, cells: Sequence[Cell]) -> Grid:
         for cell in cells
         if cell.ratio
     ]
+    title = f"How large a difference to {base} could still be, at 95 %"
     return Grid(title, ("model, load", "target", "p50", "p99", "req/s"), rows, ["each: no more than"])
 
 
-def _starts(summary: Summary) -> Grid:
+def starts(summary: Summary) -> Grid:
     """What a cold start costs: medians over starts, with ratios to the baseline's of the same start."""
     rows = [
         (
@@ -136,13 +141,13 @@ STAGES = {
 }
 
 
-def _stages(summary: Summary, *, emulated: bool) -> list[Grid]:
+def stages(summary: Summary, *, emulated: bool, target: str | None = None) -> list[Grid]:
     """One table per quantile: µs by stage of the requests ranked around it."""
     found = []
     for band, ranks in (("p50", "49 to 51 %"), ("p99", "98.5 to 99.5 %")):
         rows = []
         for one in summary.stages:
-            if one.band == band and one.emulated == emulated:
+            if one.band == band and one.emulated == emulated and target in (None, one.target):
                 us = {part.name: part.us.estimate for part in one.parts}
                 columns = [[us[name] for name in names if name in us] for names in STAGES.values()]
                 shown = [f"{sum(known):,.1f}" if known else NOTHING for known in columns]
@@ -152,13 +157,14 @@ def _stages(summary: Summary, *, emulated: bool) -> list[Grid]:
             "clock; client, after: from the kernel's stamp of the first byte to the last byte in the client; residual: "
             "what is left, network, isolation and the server's write"
         ]
+        notes += summary.stage_caveats if not emulated else []
         title = f"Where the time goes at {band}, µs" + ", emulated: no figure here says anything" * emulated
         if rows:
             found.append(Grid(title, ("model, load", "target", "total", *STAGES), rows, notes))
     return found
 
 
-def _prices(summary: Summary) -> Grid:
+def prices(summary: Summary) -> Grid:
     """Two numbers to carry to another model, and how well they predict one that they do not know."""
     rows = []
     notes = [f"added µs = price of a request + price of compute × µs of compute; over {summary.baseline}"]
@@ -191,10 +197,27 @@ def _prices(summary: Summary) -> Grid:
 
 
 def _signed(span: Span, decimals: int) -> str:
-    text = f"{span.estimate:+,.{decimals}f}"
-    if span.low is not None and span.high is not None:
-        text += f" ({span.low:+,.{decimals}f} to {span.high:+,.{decimals}f})"
-    return text.replace("-", "−")
+    def one(value: float) -> str:
+        text = f"{value:+,.{decimals}f}"
+        return text.lstrip("+-") if not float(text.replace(",", "")) else text.replace("-", "−")
+
+    if span.low is None or span.high is None:
+        return one(span.estimate)
+    return f"{one(span.estimate)} ({one(span.low)} to {one(span.high)})"
+
+
+def peaks(title: str, found: Sequence[Peak]) -> Grid:
+    """The highest rate of open arrivals that held a bound."""
+    rows = [
+        (
+            f"{row.model}, {row.bound}",
+            row.label,
+            NOTHING if row.rate_rps is None else _span(row.rate_rps),
+            row.reason or "",
+        )
+        for row in found
+    ]
+    return Grid(title, ("model, bound", "target", "req/s", ""), rows, ["the highest Poisson rate that held the bound"])
 
 
 def _span(span: Span) -> str:
@@ -203,7 +226,7 @@ def _span(span: Span) -> str:
     return f"{significant(span.estimate)} ({significant(span.low)}–{significant(span.high)})"
 
 
-def _targets(summary: Summary) -> Grid:
+def targets(summary: Summary) -> Grid:
     rows = []
     for target in summary.targets:
         identity = target.identity or {}
@@ -227,7 +250,7 @@ def _targets(summary: Summary) -> Grid:
     return Grid("Targets", columns, rows, notes, words=4)
 
 
-def _overview(summary: Summary, cells: Sequence[Cell], batch: Sequence[Batch]) -> Grid:
+def overview(summary: Summary, cells: Sequence[Cell], batch: Sequence[Batch]) -> Grid:
     """One row per target: p50 and throughput of each model at the plan's first and last load, and the jobs' means."""
     models, loads = _unique(cell.model for cell in cells), _unique(cell.load for cell in cells)
     scales = _unique((row.job, row.scale) for row in batch)
@@ -250,7 +273,7 @@ def _overview(summary: Summary, cells: Sequence[Cell], batch: Sequence[Batch]) -
     return Grid("Serving and batch side by side", tuple(columns), rows, ["; ".join(where)], words=1)
 
 
-def _serving(title: str, cells: Sequence[Cell]) -> Grid:
+def serving(title: str, cells: Sequence[Cell]) -> Grid:
     shown = [name for name in ("p50", "p90", "p99", "p999") if any(_has(cell, name) for cell in cells)]
     quantiles = [f"{name.replace('p999', 'p99.9')} µs" for name in shown]
     columns = ("model, load", "target", "requests", *quantiles, "req/s", "CPU µs")
@@ -277,7 +300,7 @@ def _serving(title: str, cells: Sequence[Cell]) -> Grid:
     return Grid(title, columns, rows, notes + [text for cell in cells for text in cell.caveats])
 
 
-def _jobs(title: str, batch: Sequence[Batch]) -> Grid:
+def jobs(title: str, batch: Sequence[Batch]) -> Grid:
     """A job that ran once has a time and nothing around it."""
     rows: list[tuple[str, ...]] = []
     for row in batch:
@@ -306,7 +329,7 @@ def _jobs(title: str, batch: Sequence[Batch]) -> Grid:
     return Grid(title, columns, rows, [f"* {text}" for text in notes])
 
 
-def _ratios(title: str, cells: Sequence[Cell]) -> Grid:
+def ratios(title: str, cells: Sequence[Cell]) -> Grid:
     given = [(cell, _three(cell.ratio)) for cell in cells if cell.ratio]
     rows = [(f"{cell.model}, {cell.load}", cell.label, *map(_ratio, three)) for cell, three in given]
     return Grid(
@@ -314,12 +337,12 @@ def _ratios(title: str, cells: Sequence[Cell]) -> Grid:
     )
 
 
-def _job_ratios(title: str, batch: Sequence[Batch]) -> Grid:
+def job_ratios(title: str, batch: Sequence[Batch]) -> Grid:
     rows = [(f"{row.job}, {row.scale}", row.label, _ratio(row.ratio)) for row in batch if row.ratio]
     return Grid(title, ("job, scale", "target", "mean time ×"), rows, _reasons(row.ratio for row in batch if row.ratio))
 
 
-def _direct(direct: Direct) -> Grid:
+def direct(direct: Direct) -> Grid:
     given = [(cell, _three(cell.ratio)) for cell in direct.cells]
     rows = [(f"{cell.model}, {cell.load}", *map(_ratio, three)) for cell, three in given]
     notes = _reasons(ratio for _, three in given for ratio in three)
@@ -327,7 +350,7 @@ def _direct(direct: Direct) -> Grid:
     return Grid(title, ("model, load", *RATIOS), rows, notes, words=1)
 
 
-def _reference(summary: Summary, batch: Sequence[Batch]) -> Grid:
+def reference(summary: Summary, batch: Sequence[Batch]) -> Grid:
     """The report's own figures, this run's beside them where it has any, and what differs."""
     rows: list[tuple[str, ...]] = []
     kinds = {target.kind: target.name for target in reversed(summary.targets)}

@@ -94,6 +94,11 @@ def _needed(ratio: Ratio, margin: float, tests: int) -> int | None:
     return _stats.units_needed(sd, edge - away)
 
 
+def span(low: float, high: float) -> str:
+    """The ends of a ratio's interval as differences: `+1.6 to +2.3 %`."""
+    return f"{percent(low).removesuffix(' %')} to {percent(high)}"
+
+
 def could_be(ratio: Ratio) -> str | None:
     """How large a difference the interval still allows, in words; None where there is no interval."""
     if ratio.low is None or ratio.high is None:
@@ -126,7 +131,13 @@ def in_words(ratio: Ratio) -> str:
         return f"{text} from one start"
     if ratio.starts_needed is None:
         return f"{text} with {ratio.n} starts, being too near the margin"
-    return f"{text} with {ratio.n} starts, about {max(ratio.starts_needed, ratio.n + 1)} would"
+    return f"{text} with {ratio.n} starts, about {_rounded(max(ratio.starts_needed, ratio.n + 1))} would"
+
+
+def _rounded(count: int) -> int:
+    """Up to two significant digits: an estimate of an estimate."""
+    step: int = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // step) * step
 
 
 def primary(text: str) -> tuple[str, str]:

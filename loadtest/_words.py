@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from loadtest._folder import Target
 from loadtest._schema import Cell, Direct, Ratio
-from loadtest._verdict import OPEN, in_words, percent
+from loadtest._verdict import OPEN, in_words, percent, span
 
 PLACES = {
     "process": "As a process on the host",
@@ -57,14 +57,14 @@ def _sentence(where: str, model: str, load: str, over: str, p50: Ratio, p99: Rat
 
 
 def _half(ratio: Ratio, where: str) -> str:
-    """`61 µs longer than process at p50 (+38 %, 95 % interval +36 % to +41 %): slower`."""
+    """`61 µs longer than process at p50 (+38 %, 95 % interval +36 to +41 %): slower`."""
     if ratio.estimate is None:
         return f"a time without a figure{where} ({ratio.reason})"
     if ratio.low is None or ratio.high is None or ratio.added_us is None:
         return f"{_more(ratio.estimate - 1, percent(ratio.estimate))}{where}, without an interval ({ratio.reason})"
     added = ratio.added_us.estimate
     amount = f"{abs(added):,.0f} µs" if abs(added) >= 9.5 else f"{abs(added):.1f} µs"
-    interval = f"{percent(ratio.estimate)}, 95 % interval {percent(ratio.low)} to {percent(ratio.high)}"
+    interval = f"{percent(ratio.estimate)}, 95 % interval {span(ratio.low, ratio.high)}"
     text = f"{_more(added, amount)}{where} ({interval}): {in_words(ratio)}"
     return text + (f", {ratio.could_be}" if ratio.verdict == OPEN and ratio.could_be else "")
 

@@ -3,10 +3,13 @@
 `UPDATE_GOLDEN=1 pytest tests/unit/test_report.py` writes the golden file anew; look at the difference before a commit.
 """
 
+import csv
+import io
 import json
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -268,3 +271,29 @@ def test_stages_and_prices_are_tables_of_their_own_and_emulated_ones_apart(tmp_p
     (emulated,) = (one for one in sections if one.startswith("Where the time goes at p50, µs, emulated"))
     assert "| qemu-tcg | 9" in emulated and "docker" not in emulated
     assert "How large a difference to process" in text and "Each target was started 3 times" in text
+
+
+def test_every_format_holds_the_figures(tmp_path: Path) -> None:
+    summary = _report.write(everything(tmp_path))
+    rows = list(csv.DictReader(io.StringIO(_report.formatted(summary, "csv"))))
+    by_key = {(row["target"], row["model_or_job"], row["figure"]): row for row in rows}
+    ours = next(cell for cell in summary.cells if (cell.target, cell.model) == ("docker", "knn"))
+    assert ours.ratio is not None
+    ratio = by_key["docker", "knn", "p50 over process"] | {}
+    assert [float(ratio[name]) for name in ("value", "low", "high")] == list(msgspec.structs.astuple(ours.ratio.p50))[
+        :3
+    ]
+    assert ratio["verdict"] == ours.ratio.p50.verdict
+    assert (
+        by_key["shop", "knn", "p99_us"]["value"] == "inf" and by_key["qemu-tcg", "knn", "p50_us"]["emulated"] == "True"
+    )
+    assert float(by_key["docker", "dnn", "mean_s"]["low"]) < float(by_key["docker", "dnn", "mean_s"]["value"])
+    assert json.loads(_report.formatted(summary, "json")) == json.loads((tmp_path / "summary.json").read_text())
+    assert _report.formatted(summary, "md") == (tmp_path / "report.md").read_text()
+    assert _report.formatted(summary, "html") == (tmp_path / "report.html").read_text()
+
+
+def test_what_a_name_holds_is_text_on_the_page(tmp_path: Path) -> None:
+    make(tmp_path, [target("a", caveats=["<script>alert(1)</script>"]), target("b")], errors=["<b>died</b> & more"])
+    page = _report.formatted(summarise(tmp_path), "html")
+    assert "<script" not in page and "<b>died" not in page and "&lt;script&gt;alert(1)" in page

@@ -142,7 +142,7 @@ def test_the_answer_says_it_in_words(tmp_path: Path) -> None:
     assert docker.startswith(
         "In a Docker container (fast), a KNN request at closed-1 takes 20 µs less than process at p50 (−10 %"
     )
-    assert "longer than process at p50 (+39 %, 95 % interval +38 % to +39 %): slower;" in firecracker
+    assert "longer than process at p50 (+39 %, 95 % interval +38 to +39 %): slower;" in firecracker
     assert firecracker.startswith("In a Firecracker microVM, ") and "instances" not in firecracker
     assert "longer than fast at p50 (+54 %" in direct
 
