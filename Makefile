@@ -2,13 +2,14 @@
 # make test:  set up, run all tests
 # make venv:  .venv with everything from Python's side
 # make check: lint, types, the rules of the house
+# make peers: what the benchmarks compare with, into .peers
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Packages are installed without asking only in CI, for root without a terminal, or with YES=1.
 MAY := [ "$$CI" = true ] || [ "$(YES)" = 1 ] || { [ "$$(id -u)" = 0 ] && ! [ -t 0 ]; }
 
-.PHONY: bench test check venv setup images
+.PHONY: bench test check venv setup images peers
 .DEFAULT_GOAL := bench
 
 bench: images
@@ -41,4 +42,11 @@ venv: .venv/.ready
 	  echo "isolatency needs Python 3.11 or later, found $$($(PYTHON) --version); give another one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+peers: .peers/.ready
+
+.peers/.ready: tests/bench/peers.txt
+	$(PYTHON) -m venv .peers
+	.peers/bin/pip install --quiet --requirement tests/bench/peers.txt
 	@touch $@

@@ -1,10 +1,11 @@
 """python -m server --model knn --model dnn --model null [--host H --port P]: the inference server."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from server import catalogue
@@ -35,6 +36,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@contextlib.contextmanager
+def _no_certificates() -> Iterator[None]:
+    """aiohttp's client reads the system's certificates when it is imported, which takes a fifth of the start; there is
+    no client here. OpenSSL is shown an empty file for so long."""
+    name, before = "SSL_CERT_FILE", os.environ.get("SSL_CERT_FILE")
+    os.environ[name] = os.devnull
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
 def _whole(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) <= most:
@@ -62,7 +77,8 @@ def main() -> int:
     os.environ["OPENBLAS_NUM_THREADS"] = str(chosen.threads)  # OpenBLAS reads it once, when NumPy is imported
     import uvloop
 
-    from server import app, identity, life
+    with _no_certificates():
+        from server import app, identity, life
     from server.jobs import Jobs
     from server.log import access, in_lines, log
 

@@ -1,0 +1,32 @@
+"""Tables of ratios, printed and put into docs/performance.md between their marks."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+FILE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Median and quartiles."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def put(name: str, text: str) -> None:
+    """Replace what stands between <!-- name --> and <!-- /name -->. Raises ValueError where there is no such place."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    whole = FILE.read_text()
+    head, found, rest = whole.partition(start)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{FILE} wants a place between {start} and {end}")
+    FILE.write_text(f"{head}{start}\n\n{text}\n\n{end}{tail}")
+    print(f"written into {FILE.name}", file=sys.stderr)
