@@ -132,10 +132,11 @@ class Neighbours:
         row, point = candidates
         apart = np.empty(len(row))
         for pairs in _slices(len(row), max(1, BLOCK // max(1, queries.shape[1]))):
-            difference = np.subtract(self.points[point[pairs]], queries[row[pairs]], dtype=np.float64)
+            of = self.points.take(point[pairs], axis=0)
+            difference = np.subtract(of, queries.take(row[pairs], axis=0), dtype=np.float64)
             np.einsum("ij,ij->i", difference, difference, out=apart[pairs])
-        order = np.lexsort((point, apart, row))
-        first = np.searchsorted(row, np.arange(len(queries)))  # rows are in order before and after
+        order = np.lexsort((apart, row))  # stable, and points are in order, so a tie goes to the lower index
+        first = row.searchsorted(np.arange(len(queries)))  # rows are in order before and after
         best = order[first[:, None] + np.arange(k)]
         found[:], distances[:] = point[best], apart[best]
 
@@ -152,19 +153,13 @@ class Neighbours:
         asked = np.ones((rows, d + 1), dtype=np.float32)
         asked[:, :d] = moved
         scores = asked @ self._scorer
-        grouped = scores.reshape(rows, GROUP, self._groups)
-        near = grouped.max(axis=1) if 4 * k <= self._groups else scores
-        bound = (_reached(near, k) - slack.astype(np.float32))[:, None]
-        hits = np.flatnonzero(near >= bound)
+        near = scores.reshape(rows, GROUP, self._groups).max(axis=1) if 4 * k <= self._groups else scores
+        bound = _reached(near, k) - slack.astype(np.float32)
+        hits = (scores >= bound[:, None]).reshape(-1).nonzero()[0]
         self.scored_ns += time.monotonic_ns() - start
-        if rows > 1 and len(hits) * (scores.size // near.size) > PAIRS:
+        if rows > 1 and len(hits) > PAIRS:
             return None
-        row, column = np.divmod(hits, near.shape[1])
-        if near is scores:
-            return row, column
-        hits = np.flatnonzero(grouped[row, :, column] >= bound[row])
-        of, member = np.divmod(hits, GROUP)
-        return row[of], member * self._groups + column[of]
+        return np.divmod(hits, scores.shape[1])
 
     def vote(self, neighbours: Integers) -> tuple[Integers, Integers]:
         """The label that most of each row's neighbours have, a tie by the lower label, and how many have it."""
