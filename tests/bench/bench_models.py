@@ -1,8 +1,8 @@
 """What the models cost over the matrix products that they cannot do without, and beside libraries that do the same.
 
-    python tests/bench/bench_models.py [--rounds 15] [--only knn|inference|training]
+    python -m tests.bench.bench_models [--rounds 15] [--only knn|inference|training] [--write]
 
-Prints a table of ratios. All contestants of a line run in every round, in another order each; a ratio is that of one
+Prints a table of ratios, and with --write puts it into docs/performance.md. All contestants of a line run in every round, in another order each; a ratio is that of one
 round, and the table has its median and quartiles, so that what the machine does besides touches all alike. faiss-cpu,
 scikit-learn, onnxruntime (with onnx) and torch are no dependencies: where they are missing, the table says so. One
 thread; times are of this machine.
@@ -26,12 +26,13 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from server.models.dnn import LAYERS, Network, train
 from server.models.knn import Neighbours
+from tests.bench.tables import put, spread, table
 
 K = 5
 SMALL = (784, 256, 128, 10)
 AT_LEAST_S = 0.002  # a faster call is repeated, so that the clock and a cold cache do not tell
 Call = Callable[[], Any]
-Line = tuple[str, dict[str, Call]]
+Line = tuple[str, str, dict[str, Call]]  # what, what it must reach, contestants
 
 
 def optional(name: str) -> Any:
@@ -49,8 +50,11 @@ PEERS = {"faiss-cpu": FAISS, "scikit-learn": NEIGHBOURS, "onnxruntime": ONNX and
 def knn() -> Iterator[Line]:
     """The floor is one sgemm of queries and points into memory that is there."""
     chance = np.random.default_rng(0)
-    for n, d, rows in ((569, 30, 1), (569, 30, 64), (10_000, 64, 1), (10_000, 64, 64), (10_000, 64, 512), (10_000, 784, 64),
-                       (10_000, 784, 512)):  # fmt: skip
+    cases = (
+        (569, 30, 1, ""), (569, 30, 64, ""), (10_000, 64, 1, "faiss-cpu ≥ 1"), (10_000, 64, 64, "≤ 1.5 floors"),
+        (10_000, 64, 512, ""), (10_000, 784, 64, "≤ 1.10 floors"), (10_000, 784, 512, "≤ 1.10 floors"),
+    )  # fmt: skip
+    for n, d, rows, aim in cases:
         points = chance.standard_normal((n, d), dtype=np.float32)
         queries = chance.standard_normal((rows, d), dtype=np.float32)
         model, scores = Neighbours(points, np.zeros(n, dtype=np.int64)), np.empty((rows, n), dtype=np.float32)
@@ -65,7 +69,7 @@ def knn() -> Iterator[Line]:
         if NEIGHBOURS:
             brute = NEIGHBOURS.NearestNeighbors(n_neighbors=K, algorithm="brute").fit(points)
             calls["scikit-learn"] = lambda b=brute, q=queries: b.kneighbors(q)
-        yield f"KNN, {n:,} × {d}, {rows} queries", calls
+        yield f"KNN, {n:,} × {d}, {rows} {'query' if rows == 1 else 'queries'}", aim, calls
 
 
 def products(layers: tuple[int, ...], rows: int, training: bool) -> Call:
@@ -88,7 +92,7 @@ def products(layers: tuple[int, ...], rows: int, training: bool) -> Call:
 
 def inference() -> Iterator[Line]:
     for layers in (SMALL, LAYERS):
-        for rows in (1, 64):
+        for rows, aim in ((1, "onnxruntime ≥ 0.77"), (64, "onnxruntime ≥ 0.69")):
             x = np.random.default_rng(1).random((rows, layers[0]), dtype=np.float32)
             network = Network.random(1, layers)
             calls: dict[str, Call] = {
@@ -102,7 +106,7 @@ def inference() -> Iterator[Line]:
                 calls["torch"] = torch_inference(network, x)
             for name, call in calls.items():
                 assert name == "floor" or np.allclose(np.asarray(call()).reshape(rows, -1), calls["ours"](), atol=1e-4)
-            yield f"inference, {'-'.join(map(str, layers))}, batch {rows}", calls
+            yield f"inference, {'-'.join(map(str, layers))}, batch {rows}", aim if layers == SMALL else "", calls
 
 
 def onnx_session(network: Network) -> Any:
@@ -164,10 +168,11 @@ def torch_epoch(layers: tuple[int, ...], x: Any, labels: Any, batch: int, optimi
 def training() -> Iterator[Line]:
     """One epoch each; scikit-learn's is a whole call of fit, with what it checks at the start."""
     chance = np.random.default_rng(2)
-    cases: tuple[tuple[tuple[int, ...], int, Literal["adam", "sgd"]], ...] = (
-        (SMALL, 128, "adam"), (SMALL, 128, "sgd"), (SMALL, 512, "adam"), (SMALL, 512, "sgd"), (LAYERS, 128, "adam"),
+    cases: tuple[tuple[tuple[int, ...], int, Literal["adam", "sgd"], str], ...] = (
+        (SMALL, 128, "adam", "≤ 1.6 floors; scikit-learn ≥ 2"), (SMALL, 128, "sgd", ""),
+        (SMALL, 512, "adam", "≤ 1.35 floors; scikit-learn ≥ 2"), (SMALL, 512, "sgd", ""), (LAYERS, 128, "adam", ""),
     )  # fmt: skip
-    for layers, batch, optimiser in cases:
+    for layers, batch, optimiser, aim in cases:
         count = 8192 if layers == SMALL else 2048
         x, labels = chance.random((count, layers[0]), dtype=np.float32), chance.integers(layers[-1], size=count)
         network, once = Network.random(1, layers), products(layers, batch, training=True)
@@ -187,7 +192,7 @@ def training() -> Iterator[Line]:
             calls["scikit-learn"] = lambda p=peer, x=x, y=labels: p.fit(x, y)
         if TORCH:
             calls["torch"] = torch_epoch(layers, x, labels, batch, optimiser)
-        yield f"training, {optimiser}, {'-'.join(map(str, layers))}, batch {batch}", calls
+        yield f"training, {optimiser}, {'-'.join(map(str, layers))}, batch {batch}", aim, calls
 
 
 def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
@@ -210,14 +215,14 @@ def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
 
 
 def ratio(one: list[float], other: list[float]) -> str:
-    low, middle, high = np.quantile(np.divide(one, other), (0.25, 0.5, 0.75))
-    return f"{middle:.2f} ({low:.2f}…{high:.2f})"
+    return spread(np.divide(one, other).tolist())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", choices=("knn", "inference", "training"))
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     given = parser.parse_args()
     threadpool_limits(1)
     if TORCH:
@@ -225,25 +230,25 @@ def main() -> None:
     if FAISS:
         FAISS.omp_set_num_threads(1)
     blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
-    for library in blas:
-        file = library["filepath"].rpartition("/")[2]
-        print(f"BLAS: {library['internal_api']} {library['version']}, kernel {library.get('architecture')}: {file}")
-    if len({library.get("architecture") for library in blas}) > 1:
-        print("These kernels differ: a ratio to a peer is one of libraries and kernels together.")
-    for name, there in PEERS.items():
-        if not there:
-            print(f"{name} is not installed and not in the table (pip install {name})")
-    print(f"\nMedian of {given.rounds} rounds (quartiles).\n")
-    print("| what | floor, µs | ours, µs | ours / floor | peers' times / ours |")
-    print("|---|---|---|---|---|")
+    notes = [f"{one['internal_api']} {one['version']} with the kernel {one.get('architecture')}" for one in blas]
+    rows = []
     for group in (knn, inference, training):
         if given.only not in (None, group.__name__):
             continue
-        for what, calls in group():
+        for what, aim, calls in group():
             found = measure(calls, given.rounds)
             times = [f"{1e6 * np.median(found[name]):,.1f}" for name in ("floor", "ours")]
             peers = "; ".join(f"{name} {ratio(found[name], found['ours'])}" for name in PEERS if name in found)
-            print("|", " | ".join([what, *times, ratio(found["ours"], found["floor"]), peers]), "|", flush=True)
+            rows.append([what, aim, *times, ratio(found["ours"], found["floor"]), peers])
+            print(*rows[-1], sep=" | ", flush=True)
+    missing = [name for name, there in PEERS.items() if not there]
+    text = table(["what", "aim", "floor, µs", "ours, µs", "ours / floor", "peers' times / ours"], rows)
+    text += f"\n\nMedian (quartiles) of {given.rounds} rounds. One thread each; BLAS: {'; '.join(notes)}."
+    text += " Where kernels differ, a ratio to a peer is one of libraries and kernels together." * (len(set(notes)) > 1)
+    text += f" Not installed and not in the table: {', '.join(missing)}." * bool(missing)
+    print(f"\n{text}")
+    if given.write:
+        put("models", text)
 
 
 if __name__ == "__main__":
