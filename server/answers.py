@@ -11,6 +11,8 @@ from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 
+from server.models.base import BadInput
+
 PACK_FROM = 1024  # bytes; a smaller answer fits into one packet anyway
 WBITS = {"gzip": 31, "deflate": 15}
 JSON = "application/json"
@@ -99,6 +101,25 @@ def answer(value: Any, status: int = 200) -> Answer:
 
 def refusal(status: int, text: str, headers: Mapping[str, str] | None = None) -> Answer:
     return Answer(orjson.dumps({"error": " ".join(text.split())}), status, headers)
+
+
+class TooLarge(Exception):
+    """A body is larger than the server takes."""
+
+
+def unpacked(body: bytes, coding: str, most: int) -> bytes:
+    """A body that came as gzip or deflate. Raises TooLarge as soon as it has more than `most` bytes, BadInput."""
+    bare = coding == "deflate" and body[:1] and body[0] & 15 != 8  # some send it without zlib's header
+    opener = zlib.decompressobj(-15 if bare else WBITS[coding])
+    try:
+        found = opener.decompress(body, most + 1)
+    except zlib.error as error:
+        raise BadInput(f"wanted a body in {coding}; it could not be unpacked: {error}") from None
+    if len(found) > most:
+        raise TooLarge
+    if not opener.eof or opener.unused_data:
+        raise BadInput(f"wanted a body in {coding}; found {'more after its end' if opener.eof else 'a part of one'}")
+    return found
 
 
 def packed(body: bytes, accepted: str) -> tuple[bytes, str | None]:

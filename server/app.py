@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 from multidict import istr
 
 from server import identity, protocol, tensors
-from server.answers import WBITS, Answer, answer, packed, refusal
+from server.answers import WBITS, Answer, TooLarge, answer, packed, refusal, unpacked
 from server.batcher import Batcher, Busy, Call, Expired, Failed
 from server.connection import Connection, Connections
 from server.jobs import BadJob, Jobs
@@ -77,12 +77,13 @@ class Service:
         watch = Watch()
         self._served = {model.name: _Served(model, limits, watch) for model in models}
         self._limits, self._label, self._jobs, self._timing = limits, label, jobs, timing
+        self._most = limits.max_body_mib * 2**20
         self._metrics = Exposition()
         self._metrics.calls = {name: one.calls for name, one in self._served.items()}
         self._metrics.requests = {
             (name, version): found for name, one in self._served.items() for version, found in one.requests.items()
         }
-        self.connections = Connections(limits, self._metrics.lag)
+        self.connections = Connections(limits, self._metrics)
         self._digest: asyncio.Task[tuple[str | None, str]] | None = None
         # One thread, so that the memory that large bodies take is bounded.
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large", initializer=tensors.no_warnings)
@@ -136,17 +137,42 @@ class Service:
             handler, parts = self._find(request)
             body = await self._body(request)
             _connection(request).whole()
+            if len(body) > INLINE_BODY:
+                raise BadInput(f"wanted a body of at most {INLINE_BODY} bytes here; found {len(body)}")
             return await handler(request, parts, body)
         except Exception as error:
             return self._refuse(request, error)
         finally:
             self.connections.in_flight -= 1
+            if _connection(request).held:
+                _connection(request).release()
 
     async def _body(self, request: web.BaseRequest) -> bytes:
+        coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
+        if coding != "identity" and coding not in WBITS:
+            raise _Refused(f"wanted gzip, deflate or identity for Content-Encoding; found {coding!r}", 415)
         content = request.content
         if content.is_eof() and content.total_bytes <= INLINE_BODY:  # all of it is here, so nothing needs to be awaited
-            return content.read_nowait()
-        return await request.read()
+            body = content.read_nowait()
+        else:
+            body = await self._arrived(request)
+        if coding == "identity":
+            return body
+        loop = asyncio.get_running_loop()
+        body = await loop.run_in_executor(self._large, unpacked, body, coding, self._most)
+        _connection(request).hold(len(body))
+        return body
+
+    async def _arrived(self, request: web.BaseRequest) -> bytes:
+        if request.content_length is not None and request.content_length > self._most:
+            raise TooLarge
+        body = bytearray()
+        while piece := await request.content.readany():
+            body += piece
+            if len(body) > self._most:
+                raise TooLarge
+            _connection(request).hold(len(piece))
+        return bytes(body)
 
     def _refuse(self, request: web.BaseRequest, error: BaseException) -> Answer:
         """Every error is {"error": "…"} and nothing else."""
@@ -179,7 +205,7 @@ class Service:
                 return refusal(405, str(error), {"Allow": error.allowed})
             case protocol.NotOffered():
                 return refusal(501, str(error))
-            case web.HTTPRequestEntityTooLarge():
+            case TooLarge():
                 return refusal(413, f"wanted a body of at most {self._limits.max_body_mib} MiB; found a larger one")
             case web.RequestPayloadError():
                 return refusal(400, f"the body could not be read: {error}")
@@ -280,12 +306,9 @@ class Service:
             if not served.loaded:
                 raise _Refused(f"model {served.model.name!r} is unloaded; load it first", 503)
             headers = request.headers
-            encoding = headers.get(hdrs.CONTENT_ENCODING)
-            if encoding is not None and encoding.lower() not in ("identity", *WBITS):
-                raise _Refused(f"wanted gzip, deflate or identity for Content-Encoding; found {encoding!r}", 415)
             body = await self._body(request)
-            read = time.monotonic_ns()
             begun = connection.whole()
+            read = time.monotonic_ns()
             json_bytes = headers.get(JSON_BYTES)
             large = len(body) > INLINE_BODY
             if large:

@@ -6,9 +6,9 @@ import time
 from aiohttp import web
 
 from server.answers import Answer, refusal
-from server.batcher import Call
+from server.batcher import Busy, Call
 from server.limits import Limits
-from server.metrics import Histogram
+from server.metrics import Exposition
 
 SWEEP_S = 0.1
 LINGER_S = 2.0  # how long a refused body is drained, so that its sender sees the answer and no reset
@@ -17,14 +17,14 @@ LINGER_S = 2.0  # how long a refused body is drained, so that its sender sees th
 class Connections:
     """All that are open, and those among them whose request has begun to arrive and is not whole, oldest first."""
 
-    def __init__(self, limits: Limits, lag: Histogram) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, metrics: Exposition) -> None:
+        self.limits, self.metrics = limits, metrics
         self.open: set[Connection] = set()
         self.arriving: dict[Connection, int] = {}
         self.last_byte_ns = 0
         self.in_flight = 0
+        self.held = 0  # bytes of large bodies
         self.stopping = False
-        self._lag = lag
 
     async def sweep(self) -> None:
         """Cut senders that are slow, for ever; how late this wakes up is the event loop's lag."""
@@ -33,17 +33,20 @@ class Connections:
             due = time.monotonic_ns() + int(SWEEP_S * 1e9)
             await asyncio.sleep(SWEEP_S)
             now = time.monotonic_ns()
-            self._lag.add(max(0, now - due))
+            self.metrics.lag.add(max(0, now - due))
             for connection, begun in list(self.arriving.items()):
                 if begun > now - bound_ns:
                     break
+                if connection.at_work:  # on the request before; the time of the next one begins after it
+                    connection.begin()
+                    continue
                 connection.cut(408, f"wanted a whole request within {self.limits.request_timeout:g} s; found a part")
 
 
 class Connection(web.RequestHandler):
     """One client's connection. What is no HTTP reaches no route, so its refusal is made here."""
 
-    __slots__ = ("_begun_ns", "_book", "waiting")
+    __slots__ = ("_begun_ns", "_book", "held", "waiting")
 
     def __init__(self, book: Connections, server: web.Server, access_log: object) -> None:
         limits = book.limits
@@ -56,9 +59,11 @@ class Connection(web.RequestHandler):
             max_field_size=limits.max_header_bytes,
             max_headers=limits.max_headers,
             lingering_time=LINGER_S,
+            auto_decompress=False,
         )
         self._book = book
         self._begun_ns = 0
+        self.held = 0  # bytes of a large body
         self.waiting: Call | None = None  # the request that is on its way through a model
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -81,6 +86,16 @@ class Connection(web.RequestHandler):
                 self._begun_ns = self._book.arriving[self] = now
         super().data_received(data)
 
+    @property
+    def at_work(self) -> bool:
+        """A whole request is being answered."""
+        return self._current_request is not None and self._current_request.content.is_eof()
+
+    def begin(self) -> None:
+        """Give the request that is arriving its time from now on."""
+        self._book.arriving.pop(self, None)
+        self._begun_ns = self._book.arriving[self] = time.monotonic_ns()
+
     def resume_reading(self, resume_parser: bool = True) -> None:
         if self._reading_paused:  # aiohttp asks after every body, and would parse nothing once more
             super().resume_reading(resume_parser)
@@ -91,6 +106,17 @@ class Connection(web.RequestHandler):
         begun, self._begun_ns = self._begun_ns or time.monotonic_ns(), 0
         self._book.arriving.pop(self, None)
         return begun
+
+    def hold(self, size: int) -> None:
+        """Count bytes of the request that is handled. Raises Busy where all requests together have too many."""
+        self.held += size
+        self._book.held += size
+        if self._book.held > self._book.limits.max_bodies_mib * 2**20:
+            raise Busy(f"wanted at most {self._book.limits.max_bodies_mib} MiB of bodies at once; found more")
+
+    def release(self) -> None:
+        self._book.held -= self.held
+        self.held = 0
 
     @property
     def stopping(self) -> bool:
@@ -107,6 +133,7 @@ class Connection(web.RequestHandler):
             refused = refusal(status, text)
             refused.force_close()
             self.transport.write(refused.whole())
+            self._book.metrics.errors[status] += 1
         self.force_close()
 
     def handle_error(
@@ -117,4 +144,5 @@ class Connection(web.RequestHandler):
             raise ConnectionError("the connection broke in the middle of an answer")
         refused: Answer = refusal(status, f"the request could not be read: {message or exc or 'no reason was given'}")
         refused.force_close()
+        self._book.metrics.errors[status] += 1
         return refused

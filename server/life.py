@@ -27,14 +27,7 @@ async def serve(service: Service, host: str, port: int, access_log: logging.Logg
     loop = asyncio.get_running_loop()
     book = service.connections
     grace_s = book.limits.grace
-    body_limit = book.limits.max_body_mib * 2**20
-    # aiohttp's way to a request of its own making; a request has no limit but the default one otherwise
-    server = web.Server(
-        service.handle,
-        request_factory=lambda message, payload, protocol, writer, task: web.BaseRequest(
-            message, payload, protocol, writer, task, loop, client_max_size=body_limit
-        ),
-    )
+    server = web.Server(service.handle)
     first, second = asyncio.Event(), asyncio.Event()
 
     def end() -> None:

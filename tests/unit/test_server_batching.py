@@ -215,7 +215,8 @@ class Gate:
 
     @property
     def seen(self) -> list[int]:
-        return [int(one) for one in self._seen.read_text().split() if int(one)]
+        text = self._seen.read_text() if self._seen.exists() else ""
+        return [int(one) for one in text.split() if int(one)]
 
     def begun(self) -> None:
         wait_for(self._begun.exists, "the model to be called")
