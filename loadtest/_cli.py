@@ -193,7 +193,7 @@ def run(plan: Path | None, quick: bool, targets: Sequence[str], out: Path, gates
             summary = _report.summarise(path)
             _report.terminal(summary, Console())
             code = code or _tell(_compare.of_run(wanted, summary))
-        errors.print(f"run folder: {path}")
+        _say(f"run folder: {path}")
     sys.exit(code)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hostsetup import doctor, supervisor
@@ -95,7 +96,7 @@ def table(console: Console) -> None:
             str(notes.get("mem_mib", "")), notes.get("url", ""),
         )  # fmt: skip
     for owner, reason in supervisor.ended():
-        shown.add_row(owner.name, "ended", "", "", reason)
+        shown.add_row(owner.name, "ended", "", "", escape(reason))
     console.print(shown)
     others = supervisor.elsewhere()
     if others:

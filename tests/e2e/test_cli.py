@@ -232,13 +232,13 @@ def test_on_a_terminal_the_estimate_and_every_error_stay(tmp_path: Path) -> None
     plan = tmp_path / "plan.toml"
     plan.write_text('boot_timeout_s = 1.0\nonly = "load"\n')
     urls = ["a=url:http://127.0.0.1:9", "b=url:http://127.0.0.1:9"]
-    words = ["run", plan, *(word for url in urls for word in ("--target", url)), "--out", tmp_path / "out"]
+    words = ["run", plan, *(word for url in urls for word in ("--target", url)), "--out", tmp_path / "o[/]ut"]
     code, lines = on_a_terminal([ISOLATENCY, "sandbox", "--", ISOLATENCY, *map(str, words)])
     assert code == 1
     assert any(re.match("2 targets, about [0-9]+ (seconds|minutes)", line) for line in lines), lines
     for name in "ab":
         assert any(line.startswith(f"error: {name} did not answer at http://127.0.0.1:9") for line in lines), lines
-    assert any(line.startswith("run folder: ") for line in lines), lines
+    assert any(line.startswith(f"run folder: {tmp_path}/o[/]ut/") for line in lines), lines
     assert not any("starting" in line for line in lines), "a step is of the moment, and does not stay"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.e2e.conftest import ISOLATENCY, Command
+from tests.e2e.conftest import ISOLATENCY, ROOT, Command
 
 KINDS = ("process", "docker", "firecracker", "qemu", "uml")
 
@@ -225,6 +225,34 @@ def test_a_target_that_cannot_start_is_an_error_and_the_others_are_measured(
     assert done.returncode == 1
     assert "no-such-image-anywhere" in done.stderr
     found = json.loads((tmp_path / "latest" / "summary.json").read_text())
+    assert {cell["target"] for cell in found["cells"]} == {"process"}
+
+
+ODD = """
+import subprocess, sys, threading
+from http.server import ThreadingHTTPServer
+from tests.unit.test_client import Anything
+server = ThreadingHTTPServer(("127.0.0.1", 0), Anything)
+server.body = b'{"outputs": [{"name": "label", "data": [0]}]}'
+threading.Thread(target=server.serve_forever, daemon=True).start()
+url = f"odd=url:http://127.0.0.1:{server.server_port}"
+sys.exit(subprocess.run([*sys.argv[1:], "--target", url, "--target", "process"]).returncode)
+"""
+
+
+def test_a_server_that_answers_oddly_is_an_error_and_the_others_are_measured(tmp_path: Path) -> None:
+    argv = [ISOLATENCY, "run", "--quick", "--only", "load", "--seconds", "1.5", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [ISOLATENCY, "sandbox", "--", sys.executable, "-c", ODD, *argv],
+        capture_output=True, text=True, timeout=300, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(
+        "error: odd: POST /v2/models/knn/infer was answered with JSON that is not the Open Inference"
+    )
+    found = json.loads((tmp_path / "latest" / "summary.json").read_text())
+    assert found["errors"] == [line.removeprefix("error: ")] and found["partial"]
     assert {cell["target"] for cell in found["cells"]} == {"process"}
 
 
