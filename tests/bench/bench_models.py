@@ -17,6 +17,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"  # read
 
 import argparse
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, Literal
@@ -25,11 +26,13 @@ import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from server.models.dnn import LAYERS, Network, train
-from server.models.knn import Neighbours
+from server.models.knn import DATA, Neighbours
+from server.models.make_data import TRAIN
 from tests.bench.tables import put, spread, table
 
 K = 5
 SMALL = (784, 256, 128, 10)
+EPOCHS = 20
 AT_LEAST_S = 0.002  # a faster call is repeated, so that the clock and a cold cache do not tell
 Call = Callable[[], Any]
 Line = tuple[str, str, dict[str, Call]]  # what, what it must reach, contestants
@@ -195,6 +198,34 @@ def training() -> Iterator[Line]:
         yield f"training, {optimiser}, {'-'.join(map(str, layers))}, batch {batch}", aim, calls
 
 
+def accuracies() -> str:
+    """How well networks of five seeds know held-out digits, ours and scikit-learn's of the same layers and training."""
+    with np.load(DATA / "mnist_5000.npz") as stored:
+        x, labels = stored["rows"] / np.float32(255), stored["labels"].astype(np.int64)
+    learn, held = slice(0, TRAIN), slice(TRAIN, None)
+
+    def ours(seed: int) -> float:
+        network = Network.random(seed, SMALL)
+        train(network, x[learn], labels[learn], epochs=EPOCHS, batch=128, seed=seed)
+        return float((network.probabilities(x[held]).argmax(axis=1) == labels[held]).mean())
+
+    def peers(seed: int) -> float:
+        peer = PERCEPTRON.MLPClassifier(
+            SMALL[1:-1], alpha=0, batch_size=128, max_iter=EPOCHS, random_state=seed, n_iter_no_change=EPOCHS
+        )
+        with warnings.catch_warnings(action="ignore"):  # it would go on
+            return float(peer.fit(x[learn], labels[learn]).score(x[held], labels[held]))
+
+    found = {"ours": [ours(seed) for seed in range(5)]}
+    if PERCEPTRON:
+        found["scikit-learn"] = [peers(seed) for seed in range(5)]
+    words = [f"{name} {100 * min(of):.1f} to {100 * max(of):.1f} %" for name, of in found.items()]
+    return (
+        f"Right answers on 1,000 held-out digits after {EPOCHS} epochs of Adam, five seeds of the small network: "
+        f"{', '.join(words)}."
+    )
+
+
 def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Seconds per call, by contestant, one value per round."""
     repeats = {}
@@ -246,6 +277,8 @@ def main() -> None:
     text += f"\n\nMedian (quartiles) of {given.rounds} rounds. One thread each; BLAS: {'; '.join(notes)}."
     text += " Where kernels differ, a ratio to a peer is one of libraries and kernels together." * (len(set(notes)) > 1)
     text += f" Not installed and not in the table: {', '.join(missing)}." * bool(missing)
+    if given.only in (None, "training"):
+        text += f"\n\n{accuracies()}"
     print(f"\n{text}")
     if given.write:
         put("models", text)
