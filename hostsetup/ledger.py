@@ -87,7 +87,7 @@ class Ledger:
         self.path = path
         self._file = _create(path)
         self._entries: dict[int, Entry] = {}
-        self._held: list[int] = []
+        self._held: dict[int, int] = {}  # open folders by their entries
         self._next = 0
         sandbox = os.environ.get(SANDBOX, "")
         self._write({"owner": {"what": what, "name": name, "pid": os.getpid(), "netns": netns(), "sandbox": sandbox}})
@@ -111,8 +111,8 @@ class Ledger:
         number = self.add("dir", path=str(path))
         if not shell.dry_run():
             path.mkdir(parents=True)
-            self._held.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            fcntl.flock(self._held[-1], fcntl.LOCK_SH)
+            self._held[number] = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._held[number], fcntl.LOCK_SH)
         return number
 
     def mark(self, name: str) -> tuple[int, dict[str, str]]:
@@ -130,6 +130,8 @@ class Ledger:
             _remove(entry, self.id, number)
             self._write({"drop": number})
             self._entries.pop(number, None)
+            if number in self._held:
+                os.close(self._held.pop(number))
 
     def remove_all(self) -> list[str]:
         """Remove everything still written down, newest first; returns a sentence for each.
@@ -179,7 +181,7 @@ class Ledger:
 
     def abandon(self) -> None:
         """Let go of the file as it is: what it still names is a dead owner's from now on, for `clean`."""
-        for file in (*self._held, self._file):
+        for file in (*self._held.values(), self._file):
             os.close(file)
 
 

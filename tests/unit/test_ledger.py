@@ -52,6 +52,17 @@ def test_leaving_removes_what_is_still_there(tmp_path: Path) -> None:
     assert process.wait(timeout=10) == -signal.SIGKILL
 
 
+def test_a_folder_is_let_go_when_it_is_removed(tmp_path: Path) -> None:
+    """A run may start its targets hundreds of times."""
+    with Ledger.open("test", "t") as ledger:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for number in range(3):
+            entry = ledger.folder(tmp_path / f"{number}-{ledger.id}")
+            assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
+            ledger.remove(entry)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_only_marked_processes_are_killed() -> None:
     other = subprocess.Popen(["sleep", "300"], env={"PATH": os.environ["PATH"], books.MARK: "ffffffff.1"})
     try:
