@@ -254,6 +254,8 @@ class Batcher:
             results = self._model.predict(batch)
             computed = time.monotonic_ns()
             protocol.check_results(self._model, batch, results)
+            for stage, ns in self._model.stages.items():
+                self._calls.stages[stage] += ns
         except BaseException as error:  # SystemExit and all: a model does not end the server
             return error
         row = 0

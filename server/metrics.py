@@ -53,6 +53,7 @@ class Calls:
     def __init__(self) -> None:
         self.rows = Histogram(BOUNDS_ROWS)
         self.by_rows: dict[int, list[int]] = {}  # calls, ns of joining, ns of computing
+        self.stages: Counter[str] = Counter()  # ns of parts of its calls, as the model says
 
     def add(self, rows: int, join_ns: int, compute_ns: int) -> None:
         self.rows.add(rows)
@@ -163,6 +164,12 @@ class Exposition:
                 requests.add_metric([*key, str(status)], count)
         yield requests
         yield rows
+        parts = CounterMetricFamily("isolatency_model_stage_seconds", "Parts of a model's calls, as the model says.",
+                                    labels=["model", "stage"])  # fmt: skip
+        for name, of in self.calls.items():
+            for stage, ns in of.stages.items():
+                parts.add_metric([name, stage], ns * 1e-9)
+        yield parts
         errors = CounterMetricFamily("isolatency_errors", "Answers with a status from 400.", labels=["status"])
         for status, count in self.errors.items():
             errors.add_metric([str(status)], count)
