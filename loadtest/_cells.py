@@ -7,11 +7,12 @@ import pandas as pd
 
 from loadtest import _starts, _stats, _verdict
 from loadtest._folder import Folder, Key, Requests, Target
-from loadtest._schema import Cell, Ratios
+from loadtest._schema import Cell, Lateness, Ratios
 from loadtest._verdict import Margins
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 CURVE = (0.01, 0.05, *(n / 10 for n in range(1, 10)), 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 0.99999)
+LIMITED = 0.05  # a share of blocks
 STALLS = 1.25  # a pooled p99 so many times the typical one is made by stalls
 STALLED = 1.5  # so many times the typical p99 makes a block a stalled one
 
@@ -27,11 +28,21 @@ def cells(folder: Folder, base: str | None, logs: Logs, primary: list[tuple[str,
     keys = [(model, load) for model in folder.plan.models for load in folder.plan.loads]
     began_ns = int(folder.blocks["start_ns"].min()) if len(folder.blocks) else 0
     ratios: dict[Key, Ratios] = {}
+    busy = limited(folder)
     for target in folder.targets:
         if base is not None and target.name != base and not target.emulated:
-            ratios |= judged(target.name, base, keys, logs, primary, margin)
+            ratios |= judged(target.name, base, keys, logs, primary, margin, busy)
     return [
-        _cell(target, key, folder.requests[key], blocks(folder, key), logs[key], ratios.get(key), began_ns)
+        _cell(
+            target,
+            key,
+            folder.requests[key],
+            blocks(folder, key),
+            logs[key],
+            ratios.get(key),
+            began_ns,
+            busy.get(key, 0.0),
+        )
         for model, load in keys
         for target in folder.targets
         if (key := (target.name, model, load)) in folder.requests
@@ -39,20 +50,47 @@ def cells(folder: Folder, base: str | None, logs: Logs, primary: list[tuple[str,
 
 
 def judged(
-    ours: str, base: str, keys: list[tuple[str, str]], logs: Logs, primary: list[tuple[str, str]], margin: Margins
-) -> dict[Key, Ratios]:
-    """The ratios of one target over another in every cell that it has, with verdicts where the cell is primary."""
-    found = {
-        (ours, *key): (_starts.ratios(logs[ours, *key], logs.get((base, *key))), key in primary)
-        for key in keys
-        if (ours, *key) in logs
-    }
-    return dict(zip(found, _verdict.judge(list(found.values()), margin), strict=True))
+    ours: str, base: str, keys: list[tuple[str, str]], logs: Logs, primary: list[tuple[str, str]], margin: Margins,
+    limited: dict[Key, float],
+) -> dict[Key, Ratios]:  # fmt: skip
+    """The ratios of one target over another in every cell that it has, with verdicts where the cell is primary.
+
+    `limited`: the share of each cell's blocks in which the load client could not keep up.
+    """
+    found: dict[Key, tuple[Ratios, bool]] = {}
+    blocked: dict[tuple[int, str], str] = {}
+    for key in keys:
+        mine, theirs = logs.get((ours, *key)), logs.get((base, *key))
+        if mine is None:
+            continue
+        for name in ("p50", "p99"):
+            if max(limited.get((ours, *key), 0), limited.get((base, *key), 0)) > LIMITED:
+                blocked[len(found), name] = "client-limited, the load client could not keep up"
+            elif theirs is not None and (why := _starts.unsteady(mine, theirs, name, getattr(margin, name))):
+                blocked[len(found), name] = why
+        found[ours, *key] = (_starts.ratios(mine, theirs), key in primary)
+    return dict(zip(found, _verdict.judge(list(found.values()), margin, blocked), strict=True))
+
+
+def limited(folder: Folder) -> dict[Key, float]:
+    """The share of each cell's blocks in which the load client could not keep up; 0 where that was not looked at."""
+    if "client_limited" not in folder.blocks:
+        return {}
+    return {key: float(blocks(folder, key)["client_limited"].fillna(0).mean()) for key in folder.requests}
+
+
+def _lateness(of_cell: pd.DataFrame) -> Lateness | None:
+    if "late_p50_ns" not in of_cell or not (timed := of_cell[of_cell["arrivals"] > 0]).size:
+        return None
+    return Lateness(
+        float(timed["late_p50_ns"].median()) / 1e3, float(timed["late_p99_ns"].median()) / 1e3,
+        float(timed["late_max_ns"].max()) / 1e3, int(timed["queued"].sum()),
+    )  # fmt: skip
 
 
 def _cell(
     target: Target, key: Key, found: Requests, blocks: pd.DataFrame, logs: pd.DataFrame, ratio: Ratios | None,
-    began_ns: int,
+    began_ns: int, busy: float,
 ) -> Cell:  # fmt: skip
     us = found.rows["us"].to_numpy()
     good = us[np.isfinite(us)]
@@ -63,6 +101,11 @@ def _cell(
         kinds = ", ".join(f"{kind} {n}" for kind, n in found.failed.items())
         caveats.append(
             f"{target.label}, {key[1]}, {key[2]}: {failures} of {len(us)} requests failed ({kinds}); they count as +∞"
+        )
+    if busy > LIMITED:
+        caveats.append(
+            f"{target.label}, {key[1]}, {key[2]}: client-limited in {busy:.0%} of its blocks: the figures are the "
+            "client's own as much as the server's"
         )
     values, needed, infinite = _quantiles(us)
     typical = {name: _starts.typical(logs, name) for name in ("p50", "p99")}
@@ -81,7 +124,7 @@ def _cell(
         max_us=float(good.max()) if len(good) else None,
         host_cpu_us_per_request=_per_request(blocks["host_cpu_us"], len(us)),
         client_cpu_us_per_request=_per_request(blocks["client_cpu_us"], len(us)),
-        curve=_curve(us), drift=_starts.drift(logs, began_ns),
+        lateness=_lateness(blocks), client_limited=busy, curve=_curve(us), drift=_starts.drift(logs, began_ns),
         typical_p50_us=typical["p50"], typical_p99_us=typical["p99"],
         ratio=ratio, caveats=caveats,
     )  # fmt: skip

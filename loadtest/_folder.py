@@ -25,6 +25,8 @@ from loadtest._plan import Plan
 
 SCHEMA = 1
 PEAK_COLUMNS = ("restart", "target", "model", "bound", "rate_rps", "low_rps", "high_rps", "reason")
+# Columns of blocks.csv that an older folder does not have.
+LATER = ("arrivals", "late_p50_ns", "late_p99_ns", "late_max_ns", "queued", "reconnects", "gap_ns", "client_limited")
 ROWS = _samples.ROW_GROUP  # read at a time
 SETTLE_NS = 20_000_000  # after a switch caches are cold: p99 was 2.4 to 2.7 % higher in a block's first 10 to 20 ms
 _COLUMNS = ["restart", "block", "target", "model", "load", "intended_ns", "received_ns", "outcome", "warmup"]
@@ -93,7 +95,8 @@ class Folder:
 def read(run: Path) -> Folder:
     """Raises UsageError for a folder that is no run folder, is of another schema, or is damaged."""
     folder = _head(run)
-    blocks = [_table(path, _samples.BLOCK_COLUMNS, folder.gaps) for path in _parts(run, "blocks", ".csv")]
+    columns = list(dict.fromkeys((*_samples.BLOCK_COLUMNS, *LATER)))
+    blocks = [_table(path, columns, folder.gaps) for path in _parts(run, "blocks", ".csv")]
     if blocks:
         # A join that was killed leaves the parts beside the whole.
         folder.blocks = pd.concat(blocks).drop_duplicates(["restart", "block", "target"])
@@ -150,7 +153,8 @@ def _table(path: Path, columns: Sequence[str], gaps: list[str]) -> pd.DataFrame:
         if torn:
             gaps.append(f"{path.name}: its last line is torn and left out")
         # "null" is a model's name here, and only an empty field is a missing value.
-        wanted = [name for name in columns if name != "result_json"]
+        there = whole.partition("\n")[0].split(",")
+        wanted = [name for name in columns if name != "result_json" and (name in there or name not in LATER)]
         frame = pd.read_csv(io.StringIO(whole), usecols=wanted, dtype=str, keep_default_na=False)
         for name in set(wanted) - texts:
             frame[name] = pd.to_numeric(frame[name])

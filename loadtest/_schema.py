@@ -58,14 +58,25 @@ class Ratios(msgspec.Struct, frozen=True):
     throughput: Ratio
 
 
+class Lateness(msgspec.Struct, frozen=True):
+    """How late the load client woke up for arrivals: medians over blocks, and the latest; how many found no connection
+    free."""
+
+    p50_us: float
+    p99_us: float
+    max_us: float
+    queued: int
+
+
 class Cell(msgspec.Struct, frozen=True):
     """One target × model × load; `seconds` is the time of its blocks, warm-up is in no figure but `warmup_requests`.
 
     A quantile is null where `samples_needed` says how many it would take, or where `infinite` says that it falls among
     the failed requests, which count as +∞. `mean_us` and `max_us` are of the requests that were answered. The quantiles
     are pooled; `typical_…` is the mean over starts of what a block of a start typically has, without its stalls.
-    `curve`: (quantile, µs), as far as there are samples; `drift`: (minutes since the run's first block, p50 in µs) of
-    blocks, several together where there are more than 100; null in both where failures reach it.
+    `client_limited`: the share of blocks in which the load client could not keep up. `curve`: (quantile, µs), as far as
+    there are samples; `drift`: (minutes since the run's first block, p50 in µs) of blocks, several together where there
+    are more than 100; null in both where failures reach it.
     """
 
     target: str
@@ -90,6 +101,8 @@ class Cell(msgspec.Struct, frozen=True):
     max_us: float | None
     host_cpu_us_per_request: float | None
     client_cpu_us_per_request: float | None
+    lateness: Lateness | None
+    client_limited: float
     curve: list[tuple[float, float | None]]
     drift: list[tuple[float, float | None]]
     typical_p50_us: Span | None

@@ -113,6 +113,28 @@ def ratios(ours: pd.DataFrame, base: pd.DataFrame | None) -> Ratios:
     return Ratios(_of_quantile(both, "p50"), _of_quantile(both, "p99"), _of_throughput(both))
 
 
+def unsteady(ours: pd.DataFrame, base: pd.DataFrame, name: str, margin: float) -> str | None:
+    """Why there is no steady state: over all starts, the second half of a start has another ratio than its first.
+
+    Paired with the baseline, so that what drifts in both is none; over starts, at 1 %, and only beyond the margin.
+    """
+    both = _quads(ours).join(_quads(base).add_suffix("_base"), how="inner")
+    halves = []
+    with np.errstate(invalid="ignore"):
+        for _, values in (both[name] - both[f"{name}_base"]).groupby("restart"):
+            middle = len(values) // 2
+            if middle >= 2:
+                halves.append(np.median(values[-middle:]) - np.median(values[:middle]))
+    changes = np.array(halves)
+    if len(changes) < _stats.MIN_PAIRS or not np.isfinite(changes).all():
+        return None
+    at = _stats.location(changes)
+    if _stats.p_value(at) >= 0.01 or abs(at.mean) <= math.log1p(margin):
+        return None
+    change = f"{100 * math.expm1(at.mean):+.1f} %".replace("-", "−")
+    return f"no steady state: within a start it goes by {change}; warm up for longer"
+
+
 def _quads(logs: pd.DataFrame) -> pd.DataFrame:
     """Per (restart, quad), of quads with both their rounds: means of the logs, sums of the rest. NaN and inf stay."""
     quad = pd.Index(logs.index.get_level_values("round") // 2, name="quad")

@@ -157,7 +157,7 @@ def _direct(folder: Folder, logs: Logs, primary: list[tuple[str, str]], margins:
         return None
     over, ours = native["docker"], native["firecracker"]
     keys = [(m, ld) for m in folder.plan.models for ld in folder.plan.loads if (over, m, ld) in logs]
-    found = _cells.judged(ours, over, keys, logs, primary, margins)
+    found = _cells.judged(ours, over, keys, logs, primary, margins, _cells.limited(folder))
     cells = [DirectCell(model, load, ratios) for (_, model, load), ratios in found.items()]
     batch = []
     for job, of_job in folder.batch.groupby("job", sort=False) if len(folder.batch) else []:

@@ -295,6 +295,13 @@ def serving(title: str, cells: Sequence[Cell]) -> Grid:
     if needed:
         listed = ", ".join(f"{n:,} for {name.replace('p999', 'p99.9')}" for n, name in needed)
         notes.append(f"{NOTHING} or left out: too few requests for that quantile; needed are {listed}")
+    late = [
+        f"{cell.label}, {cell.model}, {cell.load} {one.p50_us:.0f}, {one.p99_us:.0f} and {one.max_us:,.0f}"
+        for cell in cells
+        if (one := cell.lateness)
+    ]
+    if late:
+        notes.append(f"the client woke late for arrivals by p50, p99 and at most, µs: {'; '.join(late)}")
     if any(cell.infinite for cell in cells):
         notes.append("∞: the quantile falls among failed requests")
     return Grid(title, columns, rows, notes + [text for cell in cells for text in cell.caveats])

@@ -1,7 +1,7 @@
 """Verdicts: slower, faster, no difference seen, can't tell; and how large a difference could still be."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -33,8 +33,12 @@ def margins(text: str) -> Margins:
     return Margins(parts[0], parts[-1])
 
 
-def judge(cells: Sequence[tuple[Ratios, bool]], margin: Margins) -> list[Ratios]:
+def judge(
+    cells: Sequence[tuple[Ratios, bool]], margin: Margins, blocked: Mapping[tuple[int, str], str] | None = None
+) -> list[Ratios]:
     """The ratios of one target, each with whether its cell is primary, with their verdicts.
+
+    `blocked`: by a cell's number and p50 or p99, why there is no verdict on it, whatever its figure.
 
     The primary p50 and p99 are one family of tests: a difference counts when Holm's correction leaves its p-value below
     5 % and its estimate exceeds the margin. "No difference seen" needs the 95 % interval inside the margin: two
@@ -58,6 +62,8 @@ def judge(cells: Sequence[tuple[Ratios, bool]], margin: Margins) -> list[Ratios]
                 place = (number, name)
                 ratio = ratio.replace(p_value=tested.get(place), p_holm=adjusted.get(place))
                 ratio = _decide(ratio, getattr(margin, name), len(family))
+                if blocked and place in blocked:
+                    ratio = ratio.replace(verdict=OPEN, reason=blocked[place], starts_needed=None)
             changed[name] = ratio
         out.append(msgspec.structs.replace(ratios, **changed))
     return out

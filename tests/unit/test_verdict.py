@@ -4,10 +4,15 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from images.errors import UsageError
 from loadtest import _stats, _verdict
+from loadtest._folder import LATER
+from loadtest._samples import SCHEMA
 from loadtest._schema import Ratio, Ratios
 from loadtest._summary import summarise
 from loadtest._verdict import Margins, judge
@@ -158,12 +163,6 @@ def test_an_answer_of_one_start_says_so_and_no_answer_says_why(tmp_path: Path) -
 
 def test_stalls_are_said_where_the_pooled_p99_is_not_the_typical_one(tmp_path: Path) -> None:
     """In two of ten blocks an eighth of the requests is held up: the typical p99 is not, the pooled one is."""
-    import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from loadtest._samples import SCHEMA
-
     make(tmp_path, [target("a")], rounds=11, per_block=1000)
     samples = pd.read_parquet(tmp_path / "samples.parquet")
     samples.loc[samples["block"].isin([6, 15]) & (samples.index % 8 == 0), "received_ns"] += 50_000_000
@@ -185,3 +184,37 @@ def test_what_starts_cost_is_a_median_with_an_interval_and_a_ratio(tmp_path: Pat
     assert (a.n, a.ready_ratio) == (8, None) and b.ready_ratio is not None and b.first_prediction_ratio is not None
     assert a.ready_s.estimate == pytest.approx(1.35) and (a.ready_s.low, a.ready_s.high) == pytest.approx((1.0, 1.7))
     assert b.ready_ratio.estimate == pytest.approx(3.0) and b.first_prediction_ratio.estimate == pytest.approx(3.0)
+
+
+def test_a_client_that_could_not_keep_up_gives_no_verdict(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b")], factors={"b": 1.5}, restarts=3, rounds=3, per_block=600)
+    blocks = pd.read_csv(tmp_path / "blocks.csv", keep_default_na=False)
+    for name in LATER:
+        blocks[name] = 0
+    blocks["arrivals"], blocks["late_p50_ns"], blocks["late_p99_ns"] = 100, 20_000, 90_000
+    blocks.to_csv(tmp_path / "blocks.csv", index=False)
+    fine = summarise(tmp_path).cells[1]
+    assert fine.ratio is not None and fine.ratio.p50.verdict == "slower"
+    assert fine.lateness is not None and (fine.lateness.p50_us, fine.lateness.p99_us) == (20, 90)
+    blocks["client_limited"] = (blocks["target"] == "a").astype(int)
+    blocks.to_csv(tmp_path / "blocks.csv", index=False)
+    a, b = summarise(tmp_path).cells
+    assert (
+        b.ratio is not None
+        and b.ratio.p50.verdict == "can't tell"
+        and b.ratio.p50.estimate == pytest.approx(1.5, rel=1e-3)
+    )
+    assert "client-limited" in str(b.ratio.p50.reason) and "client-limited in 100% of its blocks" in a.caveats[0]
+
+
+def test_a_ratio_that_changes_within_every_start_is_no_steady_state(tmp_path: Path) -> None:
+    """b warms up for longer than the plan allows: in each start its second half is a tenth faster."""
+    make(tmp_path, [target("a"), target("b")], restarts=5, rounds=7, per_block=600, start_sd=0.003)
+    assert summarise(tmp_path).cells[1].ratio.p50.verdict == "no difference seen"  # type: ignore[union-attr]
+    samples = pd.read_parquet(tmp_path / "samples.parquet")
+    slow = (samples["target"] == "b") & (samples["round"] < 8)
+    samples.loc[slow, "received_ns"] += 20_000
+    pq.write_table(pa.Table.from_pandas(samples, preserve_index=False), tmp_path / "samples.parquet")
+    ratio = summarise(tmp_path).cells[1].ratio
+    assert ratio is not None and ratio.p50.verdict == "can't tell"
+    assert "no steady state: within a start it goes by −" in str(ratio.p50.reason)

@@ -1,0 +1,296 @@
+"""Does the measurement tell the truth? Runs whose answer is known, and how often it comes out.
+
+    python -m tests.bench.truth measure OUT [--only aa] [--starts 20]    (as root: it makes sandboxes)
+    python -m tests.bench.truth table OUT [--write]
+
+`measure` makes ordinary runs of `isolatency run` on process targets, in OUT/EXPERIMENT/, until each experiment has its
+starts, and goes on where it was interrupted. `table` computes the table anew from those folders alone; with --write it
+goes into docs/measurement.md between its markers. A row fails only where its interval excludes what it must show.
+"""
+
+import argparse
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+from scipy import stats
+
+from loadtest import _stats
+from loadtest._schema import Cell
+from loadtest._summary import summarise
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "measurement.md"
+BEGIN, END = "<!-- truth: begin -->", "<!-- truth: end -->"
+ISOLATENCY = Path(sys.executable).parent / "isolatency"
+PER_RUN = 10  # starts of the runs that are drawn
+DRAWS = 4000
+MODEL = "spin"
+TAIL = {"spin_tail_p": 0.03, "spin_tail_us": 400.0}  # 3 % of long calls hold p99, and leave p50 alone
+
+# Written to do something now and then: bursts and pauses of random length, as a neighbour on a shared machine has them.
+NEIGHBOUR = """
+import os, random, sys, time
+os.sched_setaffinity(0, {int(sys.argv[1])})
+while True:
+    end = time.monotonic() + random.expovariate(1 / 0.004)
+    while time.monotonic() < end: pass
+    time.sleep(random.expovariate(1 / 0.03))
+"""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`seconds` and `block_s` per target and start; `own`: what the second target is told for itself."""
+
+    starts: int
+    seconds: float
+    block_s: float
+    own: str = ""
+    tail: bool = False
+    noisy: bool = False
+
+
+EXPERIMENTS = {
+    "aa-quiet": Experiment(60, 3.0, 0.3),
+    "aa-noisy": Experiment(60, 3.0, 0.3, noisy=True),
+    "p50-plus-2": Experiment(20, 6.0, 0.2, own="spin_us={p50_plus}"),
+    "p99-plus-5": Experiment(20, 3.0, 0.25, own="spin_tail_us={p99_plus}", tail=True),
+    "spin-200-210": Experiment(10, 6.0, 0.2, own="spin_us=210"),
+}
+WARMUP_ROUNDS = 2
+
+
+def measure(out: Path, names: Sequence[str], most: int) -> None:
+    """Runs of at most `most` starts each, until every experiment has its own number."""
+    for name in names:
+        wanted = EXPERIMENTS[name]
+        while (left := wanted.starts - sum(len(found) for found in _folders(out, name).values())) > 0:
+            count = min(left, most)
+            print(f"{name}: {count} of {left} starts that are left", flush=True)
+            with _neighbour(wanted.noisy):
+                _run(out, name, wanted, count, seed=1 + len(_folders(out, name)))
+
+
+def _run(out: Path, name: str, wanted: Experiment, starts: int, seed: int) -> None:
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    warmup_s = WARMUP_ROUNDS * wanted.block_s
+    plan = {
+        "schema": 1, "seed": seed, "only": "load", "models": [MODEL], "loads": ["closed-1"], "restarts": starts,
+        "seconds": wanted.seconds + warmup_s, "warmup_s": warmup_s, "block_s": wanted.block_s,
+        **(TAIL if wanted.tail else {}),
+    }  # fmt: skip
+    (folder / "plan.toml").write_text(tomli_w.dumps(plan))
+    own = wanted.own.format(**_sizes(out)) if "{" in wanted.own else wanted.own
+    argv = [
+        ISOLATENCY, "sandbox", "--", ISOLATENCY, "run", folder / "plan.toml", "--target", "a=process",
+        "--target", f"b=process:{own}" if own else "b=process", "--out", folder,
+    ]  # fmt: skip
+    before = set(_runs(folder))
+    done = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120 + 60 * starts)
+    if done.returncode or len(set(_runs(folder)) - before) != 1:
+        raise SystemExit(f"{name}: the run ended with {done.returncode}: {done.stderr[-2000:]}")
+
+
+def _sizes(out: Path) -> dict[str, str]:
+    """What makes 2 % of p50, and 5 % of p99, from what was measured without: so the truth is known before it is looked
+    for. Needs a run of the quiet A/A pairs; the tail's p99 is its long calls' time and what a request takes besides."""
+    cells = [cell for cells in _folders(out, "aa-quiet").values() for pair in cells for cell in pair]
+    levels = [cell.typical_p50_us.estimate for cell in cells if cell.typical_p50_us]
+    if not levels:
+        raise SystemExit("measure aa-quiet first: the size of the other effects comes from it")
+    p50 = float(np.mean(levels))
+    p99 = p50 - 200.0 + TAIL["spin_tail_us"]
+    return {"p50_plus": f"{200 + 0.02 * p50:.1f}", "p99_plus": f"{TAIL['spin_tail_us'] + 0.05 * p99:.1f}"}
+
+
+@contextmanager
+def _neighbour(wanted: bool) -> Iterator[None]:
+    """A process that disturbs the targets' core while the run goes on."""
+    if not wanted:
+        yield
+        return
+    core = max(os.sched_getaffinity(0))
+    process = subprocess.Popen([sys.executable, "-c", NEIGHBOUR, str(core)])
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def _runs(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("2*/targets.json"))
+
+
+def _folders(out: Path, name: str) -> dict[Path, list[tuple[Cell, Cell]]]:
+    """Per run folder, its two cells once per start (so that their number counts starts)."""
+    found = {}
+    for run in _runs(out / name):
+        summary = summarise(run)
+        a, b = (next(cell for cell in summary.cells if cell.target == target) for target in "ab")
+        found[run] = [(a, b)] * summary.restarts
+    return found
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Per start of b over a: the log-ratios at p50 and p99 (those that there are), and added µs at p50."""
+
+    p50: _stats.Floats
+    p99: _stats.Floats
+    added_us: _stats.Floats
+    base_us: float
+
+
+def pairs(out: Path, *names: str) -> Pairs:
+    logs: dict[str, list[float]] = {"p50": [], "p99": []}
+    added: list[float] = []
+    bases: list[float] = []
+    for name in names:
+        for cells in _folders(out, name).values():
+            a, b = cells[0]
+            assert a.typical_p50_us is not None and b.ratio is not None
+            bases.append(a.typical_p50_us.estimate)
+            for quantile in logs:
+                logs[quantile] += [math.log(ratio) for ratio in getattr(b.ratio, quantile).per_start]
+            added += [bases[-1] * (ratio - 1) for ratio in b.ratio.p50.per_start]
+    return Pairs(np.array(logs["p50"]), np.array(logs["p99"]), np.array(added), float(np.mean(bases or [math.nan])))
+
+
+def differs(values: _stats.Floats) -> bool:
+    """What a run of these starts says, by the code of the report: the interval leaves 0 out."""
+    found = _stats.interval(_stats.location(values))
+    return not found.low <= 0 <= found.high
+
+
+def seen(values: _stats.Floats) -> bool:
+    return _stats.interval(_stats.location(values)).low > 0
+
+
+def drawn(values: _stats.Floats, what: object, *, seed: int = 1) -> float:
+    """The share of runs of PER_RUN starts, drawn without putting back, of which `what` holds."""
+    chance = np.random.default_rng(seed)
+    assert callable(what)
+    runs = (chance.choice(values, PER_RUN, replace=False) for _ in range(DRAWS))
+    return float(np.mean([what(run) for run in runs]))
+
+
+def disjoint(values: _stats.Floats, what: object) -> tuple[int, int, float, float]:
+    """How many of the runs of PER_RUN starts one after the other, and the binomial interval (Clopper and Pearson)."""
+    assert callable(what)
+    runs = [values[at : at + PER_RUN] for at in range(0, len(values) - PER_RUN + 1, PER_RUN)]
+    hits = sum(bool(what(run)) for run in runs)
+    ends = stats.binomtest(hits, len(runs)).proportion_ci(0.95)
+    return hits, len(runs), float(ends.low), float(ends.high)
+
+
+@dataclass(frozen=True)
+class Row:
+    experiment: str
+    must: str
+    found: str
+    holds: bool | None
+
+    def text(self) -> str:
+        verdict = {True: "holds", False: "**FAILS**", None: "not measured"}[self.holds]
+        return f"| {self.experiment} | {self.must} | {self.found} | {verdict} |"
+
+
+def table(out: Path) -> list[Row]:
+    rows: list[Row] = []
+    for label, names in (
+        ("A/A", ("aa-quiet", "aa-noisy")),
+        ("A/A, quiet", ("aa-quiet",)),
+        ("A/A, noisy", ("aa-noisy",)),
+    ):
+        found = pairs(out, *names)
+        for quantile, values in (("p50", found.p50), ("p99", found.p99)):
+            if len(values) < 2 * PER_RUN:
+                rows.append(Row(f"{label}, {quantile}", "5 % called different", f"{len(values)} starts only", None))
+                continue
+            rows += _alike(f"{label}, {quantile}", values)
+    rows += _effects(out)
+    return rows
+
+
+def _alike(label: str, values: _stats.Floats) -> list[Row]:
+    shuffled = np.random.default_rng(7).permutation(values)  # disjoint runs mix quiet and noisy pairs
+    rate = drawn(values, differs)
+    hits, runs, low, high = disjoint(shuffled, differs)
+    said = f"{rate:.1%} of {DRAWS:,} redrawn runs; {hits} of {runs} disjoint ones ({low:.0%} to {high:.0%})"
+    covered = f"{1 - rate:.1%}; {runs - hits} of {runs} ({1 - high:.0%} to {1 - low:.0%})"
+    at = _stats.location(values)
+    z = at.mean / at.se
+    sd = float(np.std(values, ddof=1))
+    return [
+        Row(f"{label}: {len(values)} pairs", "5 % called different", said, low <= 0.05 <= high),
+        Row(f"{label}: coverage", "95 %", covered, low <= 0.05 <= high),
+        Row(f"{label}: bias by order", "mean within 3 standard errors of 0",
+            f"{at.mean:+.3%}, {z:+.1f} standard errors; standard deviation over starts {sd:.2%}", abs(z) <= 3),
+    ]  # fmt: skip
+
+
+def _effects(out: Path) -> list[Row]:
+    rows = []
+    for name, quantile, must, label in (
+        ("p50-plus-2", "p50", 0.95, "+2 % at p50 (spin), 10 starts × 12 s"),
+        ("p99-plus-5", "p99", 0.90, "+5 % at p99 (spin_tail_us), 10 starts × 6 s"),
+    ):
+        values = getattr(pairs(out, name), quantile)
+        wanted = f"seen in ≥ {must:.0%}"
+        if len(values) < PER_RUN:
+            rows.append(Row(label, wanted, f"{len(values)} starts only", None))
+            continue
+        rate = drawn(values, seen)
+        hits, runs, low, high = disjoint(values, seen)
+        mean, sd = float(values.mean()), float(values.std(ddof=1))
+        said = (
+            f"{rate:.1%} of redrawn runs of {len(values)} starts; {hits} of {runs} disjoint ones ({low:.0%} to "
+            f"{high:.0%}); mean {math.expm1(mean):+.2%}, standard deviation over starts {sd:.2%}"
+        )
+        rows.append(Row(label, wanted, said, high >= must))
+    ten = pairs(out, "spin-200-210")
+    label, wanted = "spin 200 against 210 µs, 10 starts", "interval holds +10 µs, half-width ≤ 3 µs"
+    if len(ten.added_us) < PER_RUN:
+        return [*rows, Row(label, wanted, f"{len(ten.added_us)} starts only", None)]
+    found = _stats.interval(_stats.location(ten.added_us[:PER_RUN]))
+    half = (found.high - found.low) / 2
+    said = f"{found.estimate:+.2f} µs ({found.low:+.2f} to {found.high:+.2f}), half-width {half:.2f} µs"
+    return [*rows, Row(label, wanted, said, found.low <= 10 <= found.high and half <= 3)]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = ["| experiment | must show | found | |", "|---|---|---|---|", *(row.text() for row in rows)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["measure", "table"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", action="append", choices=list(EXPERIMENTS))
+    parser.add_argument("--starts", type=int, default=20, help="the most that one run does")
+    parser.add_argument("--write", action="store_true", help="into docs/measurement.md")
+    given = parser.parse_args()
+    if given.command == "measure":
+        measure(given.out.absolute(), given.only or list(EXPERIMENTS), given.starts)
+        return
+    text = markdown(table(given.out.absolute()))
+    print(text)
+    if given.write:
+        before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
