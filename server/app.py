@@ -137,8 +137,6 @@ class Service:
             handler, parts = self._find(request)
             body = await self._body(request)
             _connection(request).whole()
-            if len(body) > INLINE_BODY:
-                raise BadInput(f"wanted a body of at most {INLINE_BODY} bytes here; found {len(body)}")
             return await handler(request, parts, body)
         except Exception as error:
             return self._refuse(request, error)
@@ -380,11 +378,7 @@ class Service:
 
     async def _start_job(self, request: web.BaseRequest, parts: Parts, body: bytes) -> web.StreamResponse:
         jobs = self._offered()
-        try:
-            wanted = orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            raise BadInput(f"wanted a JSON body; it could not be parsed: {error}") from None
-        job = await jobs.prepare(wanted)
+        job = await jobs.prepare(_json(body))
         begun = answer(job.state(), 201)
         if request.transport is None or request.transport.is_closing():
             await job.stop()  # nobody waits for it, and it would keep others waiting
@@ -438,12 +432,19 @@ async def _continue(request: web.BaseRequest) -> None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    """The JSON object in the body, or an empty one where there is no body."""
+def _json(body: bytes) -> Any:
+    """What a small body says; large ones would keep the event loop."""
+    if len(body) > INLINE_BODY:
+        raise BadInput(f"wanted a body of at most {INLINE_BODY} bytes here; found {len(body)}")
     try:
-        found = orjson.loads(body) if body else {}
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BadInput(f"wanted a JSON body; it could not be parsed: {error}") from None
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    """The JSON object in the body, or an empty one where there is no body."""
+    found = _json(body) if body else {}
     if not isinstance(found, dict):
         raise BadInput(f"wanted a JSON object; found {tensors.kind(found)}")
     return found
