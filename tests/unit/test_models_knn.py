@@ -106,8 +106,11 @@ def test_hard_sets_are_answered_as_by_float64_in_any_batch(name: str) -> None:
     n = len(points)
     model = Neighbours(points, np.arange(n))
     border = -(-n // GROUP) // 4  # the k up to which groups are used
+    alone = -(-n // GROUP) * GROUP // 32  # and for one query
     truth, apart = plain(points, queries, n)
-    ks = {k for k in (1, 2, 5, GROUP - 1, GROUP, GROUP + 1, border, border + 1, n - 1, n) if 1 <= k <= n}
+    ks = {
+        k for k in (1, 2, 5, GROUP - 1, GROUP, GROUP + 1, border, border + 1, alone, alone + 1, n - 1, n) if 1 <= k <= n
+    }
     for k in sorted(ks):
         found, distances = model.nearest(queries, k)
         assert np.array_equal(found, truth[:, :k])
@@ -116,6 +119,14 @@ def test_hard_sets_are_answered_as_by_float64_in_any_batch(name: str) -> None:
             parts = [model.nearest(queries[i : i + size], k) for i in range(0, len(queries), size)]
             assert np.array_equal(np.concatenate([part[0] for part in parts]), found)
             assert np.array_equal(np.concatenate([part[1] for part in parts]), distances)
+
+
+def test_one_query_with_more_candidates_than_are_held_at_once() -> None:
+    model = Neighbours(np.ones((30_000, 3), np.float32), np.zeros(30_000, dtype=np.int64))
+    for queries in (np.zeros((1, 3)), np.full((1, 3), 1e38)):
+        found, distances = model.nearest(queries, 7)
+        assert found.tolist() == [[*range(7)]]
+        assert distances == pytest.approx(np.sqrt(3) * abs(1 - queries[0, 0]))
 
 
 def test_every_k_and_every_size_up_to_some_groups() -> None:
