@@ -101,7 +101,12 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
             if type(value) is not int or value < 0:
                 raise BadInput(f"wanted a whole number, 0 or more, for {name}; found {short(value)}")
         timeout_us = hints[0]
-        model.check(parameters)
+        for name, value in parameters.items():
+            if not isinstance(value, str | int | float):
+                raise BadInput(
+                    f"wanted a string, a number or a boolean for parameter {short(name)}; found {kind(value)}"
+                )
+    model.check(parameters)
     outputs = _outputs(message.get("outputs"), model, all_binary)
     tail = None if length is None else memoryview(body)[length:]
     inputs = _inputs(message.get("inputs"), model, tail)

@@ -1,5 +1,6 @@
 """Tensors of the Open Inference Protocol: data types, shapes, values in JSON or as bytes, little-endian, row-major."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,7 @@ def taken(datatype: str) -> list[str]:
     return [name for name, found in DTYPES.items() if fits(found)]
 
 
+NUMBERS = {int, float}
 # Of values in JSON, as NumPy reads them, by the kind of what they become.
 KINDS = {"b": "b", "f": "iuf", "i": "iu", "u": "iu"}
 TAKEN = {datatype: taken(datatype) for datatype in DTYPES}
@@ -79,7 +81,7 @@ def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Te
     """Values of `dtype`, flat or nested, as the data type that the model wants, and finite where that is asked for."""
     name, count = wanted.name, math.prod(size)
     try:
-        values = np.asarray(data)
+        values = np.asarray(data, dtype if _types(data) == {float} and dtype.kind == "f" else None)
         if dtype == DTYPES["UINT64"] and values.dtype.kind == "f":
             values = _whole(data, values)
     except ValueError:
@@ -98,6 +100,21 @@ def from_json(data: Any, dtype: np.dtype[Any], size: tuple[int, ...], wanted: Te
             raise BadInput(f"input {name!r} wants values from {bounds.min} to {bounds.max}; found others")
     # What is too large becomes infinity, of which NumPy would warn, and is refused in the next step.
     return _as_wanted(values.astype(dtype, copy=False), size, wanted, finite)
+
+
+def _types(data: Any) -> set[type]:
+    """Of the numbers in a list, nested or not. Raises ValueError for anything else, of which NumPy would make an array
+    all the same: of strings one that gives each the room of the longest."""
+    while isinstance(data, list):
+        found = set(map(type, data))
+        if list not in found:
+            if found <= NUMBERS or found == {bool}:
+                return found
+            break
+        if len(found) > 1:
+            break
+        data = list(itertools.chain.from_iterable(data))
+    raise ValueError
 
 
 def _whole(data: Any, values: Array) -> Array:
@@ -134,5 +151,8 @@ def kind(value: Any) -> str:
 
 def short(value: Any) -> str:
     """The value as a client would recognise it, of a length that fits into one line."""
-    text = orjson.dumps(value).decode()
+    try:
+        text = orjson.dumps(value).decode()
+    except TypeError:  # it is nested deeper than orjson writes, though it reads that
+        return kind(value)
     return text if len(text) <= 100 else f"{text[:100]}…"

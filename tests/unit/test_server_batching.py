@@ -127,7 +127,7 @@ def test_as_many_as_came_share_a_call_up_to_max_batch(tmp_path: Path) -> None:
 
 def test_parameters_apart_are_not_joined(tmp_path: Path) -> None:
     with serving(tmp_path, *own("Calls"), "--max-delay-us", "200000") as running:
-        tags = ["a", "b", 1, True, 1.0, None]
+        tags = ["a", "b", 1, True, 1.0, "1"]
         asked = [("calls", pair(1, parameters={"tag": tags[i % len(tags)]})) for i in range(12)]
         asked += [("calls", pair(1)) for _ in range(3)]
         assert sizes(at_once(running, asked)) == [2] * 12 + [3] * 3

@@ -94,12 +94,40 @@ def test_a_body_that_is_no_request(server: Running, body: bytes) -> None:
         {"shape": [10**30, 30]}, {"shape": "1,30"}, {"data": None}, {"data": 1}, {"data": "1"}, {"data": {}},
         {"data": []}, {"data": [0.0] * 29}, {"data": [0.0] * 31}, {"data": ["1"] * 30}, {"data": [None] * 30},
         {"data": [True] * 30}, {"data": [[0.0] * 29]}, {"data": [[0.0] * 30, [0.0]]}, {"data": [{}] * 30},
+        {"data": [True, *[1] * 29]}, {"data": [[0.0] * 29 + ["1"]]}, {"data": [[1], *[1] * 29]},
         {"data": [1e39] * 30}, {"data": [-1e300] * 30}, {"data": [[[0.0] * 30]]},
     ],
 )  # fmt: skip
 def test_a_tensor_that_does_not_fit(server: Running, change: dict[str, Any]) -> None:
     body = request(good())
     body["inputs"][0] |= change
+    refused(server.call("POST", INFER, body), 400)
+
+
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+
+@pytest.mark.parametrize("part", ["name", "datatype", "shape", "data", "parameters"])
+def test_a_tensor_whose_parts_are_nested_deeply(server: Running, part: str) -> None:
+    body = request(good())
+    body["inputs"][0][part] = DEEP
+    refused(server.call("POST", INFER, body), 400)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"id": DEEP}, {"outputs": DEEP}, {"outputs": [{"name": DEEP}]}, {"parameters": {"k": DEEP, "timeout": DEEP}}],
+)
+def test_a_request_whose_parts_are_nested_deeply(server: Running, more: dict[str, Any]) -> None:
+    refused(server.infer("knn", good(), **more), 400)
+
+
+def test_strings_among_numbers_take_no_memory(server: Running) -> None:
+    """NumPy would give each of a million strings the room of the longest, 4 TB."""
+    body = request(good())
+    body["inputs"][0]["data"] = ["", "x" * 1_000_000, *[1] * 1_000_000]
+    refused(server.call("POST", INFER, body), 400)
+    body["inputs"][0]["data"] = [[""] * 1_000_000, ["x" * 1_000_000]]
     refused(server.call("POST", INFER, body), 400)
 
 
@@ -128,7 +156,7 @@ def test_inputs_that_are_too_many(server: Running) -> None:
         {"id": 1}, {"id": []}, {"parameters": 1}, {"parameters": []}, {"parameters": "k"},
         {"parameters": {"unknown": 1}}, {"parameters": {"k": 0}}, {"parameters": {"k": -1}},
         {"parameters": {"k": 570}}, {"parameters": {"k": 2.5}}, {"parameters": {"k": "5"}},
-        {"parameters": {"k": True}}, {"parameters": {"k": None}}, {"parameters": {"k": 10**30}}, {"parameters": {"metric": "cosine"}},
+        {"parameters": {"k": [5]}}, {"parameters": {"k": {"k": 5}}}, {"parameters": {"k": True}}, {"parameters": {"k": None}}, {"parameters": {"k": 10**30}}, {"parameters": {"metric": "cosine"}},
         {"parameters": {"metric": None}}, {"outputs": 1},
         {"outputs": "label"}, {"outputs": ["label"]}, {"outputs": [{"name": "nothing"}]}, {"outputs": [{}]},
         {"outputs": [{"name": ["label"]}]}, {"outputs": [{"name": "label"}, {"name": "label"}]},
