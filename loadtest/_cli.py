@@ -138,6 +138,13 @@ def down(names: Sequence[str]) -> None:
         print(f"stopped {name}")
 
 
+def _share(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise click.BadParameter(f"{text!r}; wanted a share such as 2%") from None
+
+
 fail_if_option = click.option(
     "--fail-if", "gates", multiple=True, metavar="TARGET:MODEL:LOAD:METRIC>+X%",
     help="Exit 3 where the interval lies wholly beyond, 5 where that cannot be told; may be repeated.",
@@ -173,6 +180,10 @@ margin_option = click.option(
 @click.option("--seed", type=int, help="Seed of every order and choice in the run.")
 @click.option("--seconds", type=float, help="Seconds of load per target, model, load and start.")
 @click.option("--restarts", type=int, help="Start every target so often: then intervals hold what starts differ by.")
+@click.option(
+    "--until-ci", metavar="2%", callback=lambda _c, _p, text: _share(text),
+    help="More starts, 10 to 50, until the intervals of p50 in the primary cells are no wider than ± this.",
+)  # fmt: skip
 @margin_option
 @fail_if_option
 @_dry_run

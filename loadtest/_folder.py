@@ -100,6 +100,9 @@ def read(run: Path) -> Folder:
     if blocks:
         # A join that was killed leaves the parts beside the whole.
         folder.blocks = pd.concat(blocks).drop_duplicates(["restart", "block", "target"])
+        # All requests of an offline block start at once: it lasts until the last is answered.
+        offline = folder.blocks["load"] == "offline"
+        folder.blocks.loc[offline, "end_ns"] = folder.blocks.loc[offline, "drained_ns"]
         folder.blocks["warmup"] = folder.blocks["warmup"].map({"True": True, "False": False}).astype(bool)
         folder.requests = _requests(folder)
     if (run / "batch.csv").exists():
@@ -218,7 +221,7 @@ def _requests(folder: Folder) -> dict[Key, Requests]:
                     cell: Key = key
                     kept = part[~part["warmup"]]
                     warmup[cell] += len(part) - len(kept)
-                    rows, kinds = _timed(kept, ends.get(cell))
+                    rows, kinds = _timed(kept, ends.get(cell), 0 if cell[2] == "offline" else SETTLE_NS)
                     stray += len(kept) - len(rows)
                     pieces[cell].append(rows)
                     failed[cell].update(kinds)
@@ -232,7 +235,7 @@ def _requests(folder: Folder) -> dict[Key, Requests]:
     }
 
 
-def _timed(kept: pd.DataFrame, ends: pd.DataFrame | None) -> tuple[pd.DataFrame, Counter[str]]:
+def _timed(kept: pd.DataFrame, ends: pd.DataFrame | None, settle_ns: int) -> tuple[pd.DataFrame, Counter[str]]:
     """The rows of one cell with their times, less those whose block has no end; and what failed of them, by kind."""
     if ends is None:
         ends = pd.DataFrame({"restart": [], "block": [], "start_ns": [], "end_ns": []}, dtype=np.int64)
@@ -246,7 +249,7 @@ def _timed(kept: pd.DataFrame, ends: pd.DataFrame | None) -> tuple[pd.DataFrame,
             "block": kept["block"].to_numpy(dtype=np.int32),
             "us": us,
             "in_time": good & (received <= kept["end_ns"].to_numpy()),
-            "settled": (kept["intended_ns"] >= kept["start_ns"] + SETTLE_NS).to_numpy(),
+            "settled": (kept["intended_ns"] >= kept["start_ns"] + settle_ns).to_numpy(),
         }
     )
     return rows, Counter(kept.loc[~good, "outcome"].astype(str).tolist())

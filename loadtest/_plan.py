@@ -40,6 +40,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is run. `seconds` is per cell (target × model × load) and start; times in seconds, memory in MiB.
 
     `restarts`: so often is every target started, but for emulated ones; the repeats of a job are spread over them.
+    `until_ci`: more starts, until the intervals of p50 in the primary cells are no wider than ± this share; 0: none.
 
     `primary`: the cells that verdicts are about, each MODEL:LOAD (none: knn:closed-1); `margin`: the difference that
     matters at p50 and at p99.
@@ -51,6 +52,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 1
     quick: bool = False
     restarts: int = 1
+    until_ci: float = 0.0
     models: tuple[str, ...] = MODELS
     loads: tuple[str, ...] = ("closed-1", "closed-16")
     block_s: float = 1.0
@@ -303,6 +305,8 @@ def _validate_values(plan: Plan) -> None:
         model, _, load = cell.partition(":")
         if model not in plan.models or load not in plan.loads:
             raise UsageError(f"the primary cell {cell!r} is not in the plan; wanted MODEL:LOAD of its models and loads")
+    if not 0 <= plan.until_ci < 1:
+        raise UsageError(f"until_ci is {plan.until_ci:g}; wanted a share from 0 to 1, such as 0.02 for 2 %")
     if not re.fullmatch(r"[0-9.]+%(,[0-9.]+%)?", plan.margin):
         raise UsageError(f"margin is {plan.margin!r}; wanted a share, or two for p50 and p99: 2%,5%")
     if plan.only not in ("", "batch", "load"):

@@ -1,6 +1,7 @@
 """The pipeline of a run, top to bottom: targets up, parity, load, batch, targets down, run folder, report."""
 
 import errno
+import math
 import os
 import random
 import secrets
@@ -33,6 +34,7 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SPARE_MIB = 1024  # what the host itself and the load client keep
 NESTED_MIB = 2048  # the emulated host around a nested Firecracker
 START_S = {"process": 2, "docker": 3, "uml": 4, "qemu": 10, "firecracker": 30, "url": 1}
+LEAST_STARTS, MOST_STARTS = 10, 50  # with --until-ci: before they are looked at, and where it ends
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NATIVE = "_native"  # a phase names its files, and no target's name begins so
 SLOW_S = {"knn": 5, "dnn": 5}  # an emulated batch job, very roughly; said as "about"
@@ -76,10 +78,11 @@ def phases(plan: Plan, kvm_boots: bool) -> list[Phase]:
     emulated = [spec for spec in plan.specs() if KINDS[spec.kind].emulated(spec, kvm_boots)]
     native = [spec for spec in plan.specs() if spec not in emulated]
     found = []
-    for restart in range(plan.restarts if native else 0):
+    starts = max(plan.restarts, MOST_STARTS) if plan.until_ci else plan.restarts
+    for restart in range(starts if native else 0):
         # Shuffled: who starts first, and whose block comes first, is no property of a target.
         order = random.Random(f"{plan.seed} start {restart}").sample(native, len(native)) if restart else native
-        found.append(Phase(f"{NATIVE}-{restart:03}" if plan.restarts > 1 else NATIVE, tuple(order), False, restart))
+        found.append(Phase(f"{NATIVE}-{restart:03}" if starts > 1 else NATIVE, tuple(order), False, restart))
     return found + [Phase(spec.name, (spec,), True) for spec in emulated]
 
 
@@ -185,9 +188,14 @@ def _begin(out: Path, record: Callable[[Path], Record]) -> Record:
 
 def _run_phases(plan: Plan, todo: Sequence[Phase], context: Context, record: Record, show: Show) -> int:
     code = 0
+    narrow = False
     parity = _parity.Parity()
     try:
         for phase in todo:
+            if plan.until_ci and not phase.emulated and phase.restart >= max(plan.restarts, LEAST_STARTS):
+                narrow = narrow or _width(record.path) <= plan.until_ci
+                if narrow:
+                    continue
             try:
                 _run_phase(plan, phase, context, record, parity, show)
             except NotComparableError:
@@ -208,6 +216,13 @@ def _run_phases(plan: Plan, todo: Sequence[Phase], context: Context, record: Rec
         code = 1
     ended = _finish(record)
     return code or ended
+
+
+def _width(folder: Path) -> float:
+    """The largest half-width of the intervals of p50 in the primary cells so far, a share; 0 where there is none."""
+    summary = _report.summarise(folder)
+    ratios = [cell.ratio.p50 for cell in summary.cells if cell.ratio and f"{cell.model}:{cell.load}" in summary.primary]
+    return max((math.sqrt(ratio.high / ratio.low) - 1 for ratio in ratios if ratio.low and ratio.high), default=0.0)
 
 
 def _finish(record: Record) -> int:
@@ -249,7 +264,7 @@ def _measure(
     for spec in phase.specs:
         if phase.restart and not record.has(spec.name):
             continue  # it did not start the first time
-        show.step(f"starting {spec.name}" + f", start {phase.restart + 1} of {plan.restarts}" * (plan.restarts > 1))
+        show.step(f"starting {spec.name}" + f", start {phase.restart + 1}" * (plan.restarts > 1 or plan.until_ci > 0))
         target = make(spec, context)
         try:
             live.append(Live(target, stack.enter_context(target)))

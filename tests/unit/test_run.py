@@ -1,11 +1,15 @@
 """What a run decides before anything starts."""
 
+from pathlib import Path
+
 import pytest
 
 from hostsetup.target import Option
 from images.errors import UsageError
 from loadtest import _keep, _plan, _run
 from loadtest._plan import Machine, Plan
+from loadtest._summary import summarise
+from tests.unit.run_folder import make, target
 
 
 def plan(*kinds: str, **settings: object) -> Plan:
@@ -55,3 +59,21 @@ def test_each_start_is_a_phase_of_its_own_in_shuffled_order_and_emulated_ones_ru
         tuple(s.name for s in p.specs)
         for p in _run.phases(plan("process", "docker", "b=process", restarts=20, seed=2), False)
     ]
+
+
+def test_until_ci_goes_on_to_at_most_fifty_starts() -> None:
+    found = _run.phases(plan("process", "docker", until_ci=0.02), kvm_boots=False)
+    assert len(found) == _run.MOST_STARTS and len(_run.phases(plan("process", until_ci=0.02, restarts=60), False)) == 60
+    with pytest.raises(UsageError, match="until_ci is 2; wanted a share"):
+        _plan.validate(plan("process", until_ci=2.0), Machine((0,), 4096))
+
+
+def test_the_width_is_that_of_the_primary_cells(tmp_path: Path) -> None:
+    make(
+        tmp_path, [target("a"), target("b")], models=("knn", "null"), restarts=4, start_sd=0.02, rounds=3, per_block=60
+    )
+    ratio = next(cell.ratio for cell in summarise(tmp_path).cells if cell.ratio and cell.model == "knn")
+    assert ratio.p50.low is not None and ratio.p50.high is not None
+    assert _run._width(tmp_path) == pytest.approx((ratio.p50.high / ratio.p50.low) ** 0.5 - 1)
+    make(tmp_path / "one", [target("a"), target("b")], rounds=2)
+    assert _run._width(tmp_path / "one") == 0.0

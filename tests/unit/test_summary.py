@@ -387,3 +387,20 @@ def test_cpu_time_that_the_hypervisor_took_is_a_caveat(tmp_path: Path) -> None:
     assert any("gave 2.5% of its CPU time to others" in caveat for caveat in summarise(tmp_path).run_caveats)
     make(tmp_path, [target("a")], rounds=3, cpu_time_before=before, cpu_time_after=after | {"stolen_s": 1.5})
     assert not any("CPU time" in caveat for caveat in summarise(tmp_path).run_caveats)
+
+
+def test_an_offline_block_lasts_until_its_last_answer_and_none_of_it_is_left_out(tmp_path: Path) -> None:
+    """All requests of a block start at once, and the block that the client noted ends there."""
+    make(tmp_path, [target("a"), target("b")], factors={"b": 2.0}, per_block=600)
+    samples, blocks = pd.read_parquet(tmp_path / "samples.parquet"), pd.read_csv(tmp_path / "blocks.csv")
+    samples["received_ns"] -= samples["intended_ns"] - samples.groupby("block")["intended_ns"].transform("min")
+    samples["intended_ns"] = samples.groupby("block")["intended_ns"].transform("min")
+    samples["load"] = blocks["load"] = "offline"
+    pq.write_table(pa.Table.from_pandas(samples, preserve_index=False), tmp_path / "samples.parquet")
+    blocks["drained_ns"] = blocks["start_ns"] + 300_000_000
+    blocks["end_ns"] = blocks["start_ns"]
+    blocks.to_csv(tmp_path / "blocks.csv", index=False)
+    save(replace(read(tmp_path / "plan.toml"), loads=("offline",)), tmp_path / "plan.toml")
+    a, b = summarise(tmp_path).cells
+    assert a.throughput_rps == pytest.approx(2000) and b.ratio is not None
+    assert b.ratio.p50.estimate == pytest.approx(2.0, rel=1e-3)
