@@ -53,7 +53,7 @@ def load(words: Sequence[str], chosen: argparse.Namespace) -> "list[Model]":
             raise ValueError(f"two models are called {model.name!r}; serve them by two servers")
         try:
             model.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"model {model.name} could not be loaded: {_said(error)}") from error
         models[model.name] = model
     return list(models.values())
@@ -105,7 +105,7 @@ def _own(word: str) -> "Model":
     kind: Any = found if issubclass(found, Model) else type(name, (found, Model), {})
     try:
         model: Model = kind()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{word} could not be made: {_said(error)}") from error
     _check(model, word)
     return model

@@ -119,6 +119,7 @@ def changed(old: str, new: str) -> str:
         (changed("(-1, 2)),)\n    outputs", "()),)\n    outputs"), ["wants inputs like"]),
         (changed("def load(self):", "def __init__(self):\n        1 / 0\n\n    def load(self):"), ["could not be made", "ZeroDivisionError"]),
         (changed("self.factor = np.float32(2)", "open('nowhere.bin')"), ["double could not be loaded", "nowhere.bin"]),
+        (changed("self.factor = np.float32(2)", "raise SystemExit(0)"), ["double could not be loaded", "SystemExit"]),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_served(tmp_path: Path, text: str | None, words: list[str]) -> None:
