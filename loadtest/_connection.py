@@ -54,8 +54,8 @@ class Connection:
     """One keep-alive connection to one server, and the request that is under way on it."""
 
     __slots__ = (
-        "active", "address", "broken", "check_in", "fd", "first_ns", "fresh", "number", "query", "reader",
-        "rested", "retry_ns", "sent_ns", "sock", "state", "unsent", "work",
+        "active", "address", "broken", "check_in", "down_ns", "fd", "fresh", "intended_ns", "number", "query",
+        "reader", "rested", "resting", "retry_ns", "sent_ns", "sock", "stamp", "state", "unsent", "work",
     )  # fmt: skip
 
     def __init__(self, address: Address, number: int, work: Work | None = None) -> None:
@@ -71,7 +71,10 @@ class Connection:
         self.fd = -1
         self.reader = AnswerReader()
         self.unsent: memoryview | None = None
-        self.sent_ns = self.first_ns = 0
+        self.intended_ns = self.sent_ns = 0
+        self.stamp: bytes | None = None  # the kernel's, of the first bytes of the answer; None until they came
         self.retry_ns = 0  # not opened again before
         self.broken = 0  # how often in a row
-        self.rested: Any = None  # gevent's Event, set when a user that was asked to stop has its last answer
+        self.down_ns = 0  # since when it has been broken; 0 where it is not
+        self.resting = False  # a user that was asked to stop:
+        self.rested: Any = None  # gevent's Event, set when it has its last answer

@@ -35,6 +35,17 @@ class Head(NamedTuple):
     close: bool
 
 
+def without_timing(head: bytes) -> tuple[bytes, bytes]:
+    """The head without its first field Server-Timing, which differs from answer to answer, and that field's value."""
+    at = head.find(b"\r\nServer-Timing:")
+    if at < 0:
+        at = head.find(b"\r\nserver-timing:")
+        if at < 0:
+            return head, b""
+    end = head.find(b"\r\n", at + 2)
+    return head[:at] + head[end:], head[at + 16 : end].strip(b" \t")
+
+
 @lru_cache(maxsize=512)  # heads of one server repeat but for Date: with the cache a head costs a hash, not a parse
 def parse_head(head: bytes) -> Head:
     """Parse status line and fields, up to and including the empty line. Raises Garbled."""
@@ -88,17 +99,18 @@ def _length(status: int, length: int | None, chunked: bool) -> int:
 class AnswerReader:
     """Reads one answer after the other from one connection.
 
-    After `feed` or `end` returned True, the answer is in `status`, `body`, `close` and `size` (its bytes on the wire,
-    interim answers included) until the next `feed`.
+    After `feed` or `end` returned True, the answer is in `status`, `body`, `close`, `size` (its bytes on the wire,
+    interim answers included) and `timing` (what its field Server-Timing says) until the next `feed`.
     """
 
-    __slots__ = ("_at", "_body", "_buffer", "_head", "_left", "body", "close", "size", "status")
+    __slots__ = ("_at", "_body", "_buffer", "_head", "_left", "body", "close", "size", "status", "timing")
 
     def __init__(self) -> None:
         self.status = 0
         self.body = b""
         self.close = False
         self.size = 0
+        self.timing = b""
         self._reset()
 
     def _reset(self) -> None:
@@ -119,7 +131,8 @@ class AnswerReader:
             # An answer usually arrives in one piece; the rest of this class is for when it does not.
             end = data.find(b"\r\n\r\n") + 4
             if end > 3:
-                head = parse_head(data[:end])
+                fields, self.timing = without_timing(data[:end])
+                head = parse_head(fields)
                 if head.length == len(data) - end:
                     self.status, _, self.close = head
                     self.body = data[end:]
@@ -147,7 +160,8 @@ class AnswerReader:
             if len(buffer) - self._at > MAX_HEAD_BYTES:
                 raise Garbled(f"a head of more than {MAX_HEAD_BYTES} bytes")
             return False
-        head = parse_head(bytes(buffer[self._at : end]))
+        fields, self.timing = without_timing(bytes(buffer[self._at : end]))
+        head = parse_head(fields)
         self._at = end
         if head.length != INTERIM:
             self._head = head

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from images.errors import UsageError
-from loadtest import _models, _preflight, _rows, _samples, _tally
+from loadtest import _arrivals, _models, _preflight, _rows, _samples, _tally
+from loadtest._arrivals import Schedule
 from loadtest._connection import Connection, Work, resolve
 from loadtest._engine import Engine, in_thread
 from loadtest._samples import Where
@@ -21,12 +22,14 @@ class Options:
     """What the command line or the page gave, checked."""
 
     host: str
+    load: _arrivals.Load
     model: str
     rows: int
     check: int
     seed: int
     samples: Path | None
     request_timeout_s: float
+    spin_ns: int
     data: Path
 
 
@@ -44,10 +47,28 @@ def options(host: str | None, parsed: Any) -> Options:
     samples = Path(parsed.samples) if parsed.samples else None
     if samples is not None and samples.suffix not in (".parquet", ".csv"):
         raise UsageError(f"--samples is {parsed.samples!r}; wanted a name that ends in .parquet or .csv")
-    data = Path(parsed.data) if parsed.data else _models.DATA
+    if not 0 <= parsed.spin_us <= 10_000:
+        raise UsageError(f"--spin-us is {parsed.spin_us:g}; wanted microseconds, 0 to 10,000")
     return Options(
-        host.rstrip("/"), parsed.model, parsed.rows, parsed.check, parsed.seed, samples, parsed.request_timeout, data
-    )
+        host=host.rstrip("/"), load=_load(parsed), model=parsed.model, rows=parsed.rows, check=parsed.check,
+        seed=parsed.seed, samples=samples, request_timeout_s=parsed.request_timeout,
+        spin_ns=round(parsed.spin_us * 1000), data=Path(parsed.data) if parsed.data else _models.DATA,
+    )  # fmt: skip
+
+
+def _load(parsed: Any) -> _arrivals.Load:
+    scenario, rate = parsed.scenario, parsed.rate
+    if scenario not in _arrivals.SCENARIOS:
+        raise UsageError(f"--scenario is {scenario!r}; wanted one of {', '.join(_arrivals.SCENARIOS)}")
+    if scenario in ("constant", "poisson"):
+        if not 0.001 <= rate < 1e6:
+            raise UsageError(f"--scenario {scenario} wants --rate, requests per second in all, 0.001 to 999,999")
+        return _arrivals.Load(f"{scenario}-{rate:g}", scenario, rate=rate)
+    if rate:
+        raise UsageError(f"--rate is for --scenario constant and poisson; found --scenario {scenario}")
+    if scenario == "single" and (parsed.num_users or 1) > 1:
+        raise UsageError(f"--scenario single is one connection; found -u {parsed.num_users}")
+    return _arrivals.Load(scenario, scenario, connections=scenario == "single")
 
 
 class Load:
@@ -55,12 +76,14 @@ class Load:
 
     def __init__(self, wanted: Options, stats: Any, worker: int | None) -> None:
         self._address = resolve(wanted.host)
+        self.load, self._seed, self.spin_ns = wanted.load, wanted.seed, wanted.spin_ns
         rows = _rows.load(wanted.model, wanted.data)
         signature = _preflight.check(self._address, wanted.model, rows.rows.shape[1])
-        queries = _rows.prepare(rows, wanted.rows, wanted.seed, signature)
+        offline = wanted.load.scenario == "offline"
+        queries = _rows.prepare(rows, wanted.rows, wanted.seed, signature, all_rows=offline)
         self._work = Work(self._address, queries, wanted.check)
         self._stats = stats
-        self._where = Where(self._address.authority, wanted.model, "closed", worker=worker or 0)
+        self._where = Where(self._address.authority, wanted.model, wanted.load.name, worker=worker or 0)
         self._name = f"{self._address.authority}/{wanted.model}"
         self._numbers: set[int] = set()
         self._writer: _samples.ParquetWriter | _samples.CsvWriter | None = None
@@ -78,6 +101,12 @@ class Load:
         made = Connection(self._address, number, self._work)
         made.query = number * 37 % len(self._work.requests)
         return made
+
+    def schedule(self, start_ns: int, worker: int, workers: int) -> Schedule:
+        """This worker's share of the arrivals."""
+        made = _arrivals.pieces(self.load, self._seed, len(self._work.requests))
+        timed = self.load.scenario != "offline"
+        return Schedule(made, start_ns, worker=worker, workers=workers, timed=timed)
 
     def remove_user(self, connection: Connection) -> None:
         self._numbers.discard(connection.number)

@@ -16,13 +16,12 @@ from hostsetup.kinds import KINDS, check_options
 from hostsetup.target import Option, Spec
 from images import own
 from images.errors import UsageError
-from loadtest import _models, _rows
+from loadtest import _arrivals, _models, _rows
 
 PLANS = Path(__file__).resolve().parent.parent / "plans"
 MODELS = ("knn", "dnn", "null")  # where a plan names none
 EMULATED_TIMEOUT_S = 60.0
 MOST = 10**6  # of anything that a plan counts: more is a slip of the keyboard, which would fill a disk
-_LOAD = re.compile(r"closed-([1-9][0-9]{0,3})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,30}")
 
 
@@ -37,15 +36,19 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is run. `seconds` is per cell (target × model × load) and start; times in seconds, memory in MiB.
+    """What is run. `seconds` is per cell (target × model × load) and start, which goes on until it has `min_requests`;
+    loads that are no closed loop have `open_connections` per target. Times in seconds, memory in MiB.
 
     `restarts`: so often is every target started, but for emulated ones; the repeats of a job are spread over them.
     `until_ci`: more starts, until the intervals of p50 in the primary cells are no wider than ± this share; 0: none.
 
+    A file may give loads as lists: `connections = [1, 16]` and `rates = [200]` are closed-1, closed-16, poisson-200;
+    `arrivals = "constant"` makes the rates constant ones.
     `primary`: the cells that verdicts are about, each MODEL:LOAD (none: knn:closed-1); `margin`: the difference that
     matters at p50 and at p99.
     `work_iterations` 0: as many as take `work_us` on the first target's cores, counted before the targets are up.
     `model_file`: FILE.py:CLASS, a model of the user's own, whose name stands in `models`; `data`: its rows, as .npz.
+    `client_spin_us`: so long before each intended start the client is awake.
     """
 
     schema: int = 1
@@ -57,6 +60,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loads: tuple[str, ...] = ("closed-1", "closed-16")
     block_s: float = 1.0
     seconds: float = 20.0
+    min_requests: int = 0
+    open_connections: int = 16
+    client_spin_us: float = 0.0
     emulated_seconds: float = 5.0
     warmup_s: float = 2.0
     rows: int = 1
@@ -140,14 +146,31 @@ def read(path: Path | None, *, quick: bool = False) -> Plan:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
         raise UsageError(f"the plan {path} is not TOML: {error}") from error
     _check_keys(path, text, values)
+    _expand_loads(path, values)
     try:
         return msgspec.convert(values, Plan)
     except msgspec.ValidationError as error:
         raise UsageError(f"the plan {path} has a value of the wrong form: {error}") from error
 
 
+def _expand_loads(path: Path, values: dict[str, Any]) -> None:
+    """`connections` and `rates` as `loads`, in place."""
+    lists = {key: values.pop(key) for key in ("connections", "rates") if key in values}
+    arrivals = values.pop("arrivals", "poisson")
+    if not lists:
+        return
+    if "loads" in values:
+        raise UsageError(f"the plan {path} has loads beside {' and '.join(lists)}; wanted the one or the others")
+    if arrivals not in ("constant", "poisson"):
+        raise UsageError(f"the plan {path} has arrivals = {arrivals!r}; wanted constant or poisson")
+    if not all(isinstance(found, list) for found in lists.values()):
+        raise UsageError(f"the plan {path} wants {' and '.join(lists)} as a list of numbers")
+    values["loads"] = [f"closed-{n}" for n in lists.get("connections", [])]
+    values["loads"] += [f"{arrivals}-{rate}" for rate in lists.get("rates", [])]
+
+
 def _check_keys(path: Path, text: str, values: Mapping[str, Any]) -> None:
-    _check_table(path, text, "", values, Plan.__struct_fields__)
+    _check_table(path, text, "", values, (*Plan.__struct_fields__, "connections", "rates", "arrivals"))
     for number, job in enumerate(_tables(path, values, "jobs")):
         _check_table(path, text, "jobs", job, Job.__struct_fields__, number)
     for number, target in enumerate(_tables(path, values, "targets")):
@@ -294,8 +317,7 @@ def _validate_values(plan: Plan) -> None:
     if plan.work_us == 0 or plan.work_iterations < 0:
         raise UsageError("work wants work_us above 0 and work_iterations of 0 or more")
     for load in plan.loads:
-        if not _LOAD.fullmatch(load):
-            raise UsageError(f"unknown load {load!r}; wanted closed-N, N connections")
+        _arrivals.parse(load)
     if len(set(plan.loads)) < len(plan.loads):
         raise UsageError(f"the plan names a load twice: {', '.join(plan.loads)}")
     for job in plan.jobs:
@@ -314,6 +336,7 @@ def _validate_values(plan: Plan) -> None:
     if not 0 <= plan.seed < 2**63:
         raise UsageError(f"seed is {plan.seed}; wanted a whole number from 0 to 2**63 - 1")
     counts = {"rows": plan.rows, "threads": plan.threads, "restarts": plan.restarts}
+    counts["open_connections"] = plan.open_connections
     for job in plan.jobs:
         counts |= {f"{job.job}.{key}": getattr(job, key) for key in ("repeats", "rows", "epochs", "emulated_rows")}
     for key, count in counts.items():
@@ -327,8 +350,11 @@ def _validate_values(plan: Plan) -> None:
         raise UsageError(f"warmup_s is {plan.warmup_s:g}; wanted 0 or more, and less than seconds ({plan.seconds:g})")
     if not 0 <= plan.boot_timeout_s <= 86400:
         raise UsageError(f"boot_timeout_s is {plan.boot_timeout_s:g}; wanted 0 (each kind's own) to 86400 seconds")
-    if plan.check < 0:
-        raise UsageError(f"check is {plan.check}; wanted 0 (never) or more")
+    for key in ("check", "min_requests"):
+        if getattr(plan, key) < 0:
+            raise UsageError(f"{key} is {getattr(plan, key)}; wanted 0 (never) or more")
+    if not 0 <= plan.client_spin_us <= 10_000:
+        raise UsageError(f"client_spin_us is {plan.client_spin_us:g}; wanted microseconds, 0 to 10,000")
     if not plan.models or not plan.loads:
         raise UsageError("the plan names no model or no load; wanted at least one of each")
 

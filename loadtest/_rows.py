@@ -107,10 +107,15 @@ class Queries:
     expected: tuple[tuple[float, ...], ...] | None
 
 
-def prepare(rows: Rows, batch: int, seed: int, signature: Signature = SIGNATURE) -> Queries:
-    """Draw `batch` rows per request, seeded, each row as often as any other; fewer requests where batches are large."""
+def prepare(rows: Rows, batch: int, seed: int, signature: Signature = SIGNATURE, *, all_rows: bool = False) -> Queries:
+    """Draw `batch` rows per request, seeded, each row as often as any other; fewer requests where batches are large.
+
+    `all_rows`: as many requests as it takes to hold every row; where `batch` does not divide them, some rows twice.
+    """
     count, width = rows.rows.shape
     number = max(1, min(QUERIES, MAX_PREPARED_BYTES // (batch * width * JSON_BYTES_PER_VALUE)))
+    if all_rows:
+        number = math.ceil(count / batch)
     drawn = np.random.default_rng([seed, batch])
     passes = math.ceil(number * batch / count)
     picks = np.concatenate([drawn.permutation(count) for _ in range(passes)])[: number * batch].reshape(number, batch)

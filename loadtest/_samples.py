@@ -1,7 +1,9 @@
 """The raw samples: one row per request, streamed to Parquet or CSV, and one CSV row per block.
 
-All `_ns` columns are CLOCK_MONOTONIC of the machine that sent the requests. A failed request keeps its row: it has an
-`outcome` other than "ok" and no `received_ns`. `pandas.read_parquet` is enough to read the file.
+Columns `intended_ns`, `sent_ns`, `first_byte_ns` (by the kernel's stamp) and `received_ns` (by the engine's own clock)
+are CLOCK_MONOTONIC of the machine that sent the requests; in a closed loop a request is intended when it is sent.
+Columns `server_…_ns` are durations that the server stated. A failed request keeps its row: it has an `outcome` other
+than "ok" and no `received_ns`, and no `sent_ns` where no connection took it. `pandas.read_parquet` is enough.
 """
 
 import contextlib
@@ -21,13 +23,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from images.errors import IsolatencyError, UsageError
+from loadtest._pace import Effort
+from loadtest._timing import ABSENT, STAGES
 
 OUTCOMES = ("ok", "wrong_status", "wrong_answer", "timeout", "reset", "refused", "garbled")
 OK, WRONG_STATUS, WRONG_ANSWER, TIMEOUT, RESET, REFUSED, GARBLED = range(len(OUTCOMES))
 
-# The columns of a raw row, as the engine writes them: int64 of shape (n, 8). ENDED is when the outcome was known.
-CONNECTION, SENT, FIRST, ENDED, OUTCOME, STATUS, BYTES_OUT, BYTES_IN = range(8)
-FIELDS = 8
+# The columns of a raw row, as the engine writes them: int64 of shape (n, FIELDS). ENDED is when the outcome was known;
+# SENT and FIRST are 0 where there is none, the server's stages, from STAGES_AT on, ABSENT.
+CONNECTION, INTENDED, SENT, FIRST, ENDED, OUTCOME, STATUS, BYTES_OUT, BYTES_IN, STAGES_AT = range(10)
+FIELDS = STAGES_AT + len(STAGES)
 Raw = NDArray[np.int64]
 
 _NAME = pa.dictionary(pa.int16(), pa.string())
@@ -42,28 +47,37 @@ SCHEMA = pa.schema(
         ("worker", pa.int16()),
         ("connection", pa.int16()),
         ("intended_ns", pa.int64()),
-        ("sent_ns", pa.int64()),
-        ("first_byte_ns", pa.int64()),  # null where no byte came
+        ("sent_ns", pa.int64()),  # null where it was never sent
+        ("first_byte_ns", pa.int64()),  # null where no byte came, or the kernel gave no stamp
         ("received_ns", pa.int64()),  # null where the request failed
         ("status", pa.int16()),  # 0 where none came
         ("outcome", _NAME),
         ("bytes_out", pa.int32()),
         ("bytes_in", pa.int32()),
+        *((f"server_{stage}_ns", pa.int32()) for stage in STAGES),  # null where the server did not say
         ("warmup", pa.bool_()),
     ]
 )
 BLOCK_COLUMNS = (
     "restart", "round", "block", "target", "model", "load",
     "start_ns", "end_ns", "drained_ns", "warmup", "host_cpu_us", "client_cpu_us",
+    "arrivals", "late_p50_ns", "late_p99_ns", "late_max_ns", "queued", "reconnects", "gap_ns", "client_limited",
 )  # fmt: skip
 
-ROW_GROUP = 65_536  # 7 MB in memory: what a run holds at most, however long it is
+ROW_GROUP = 65_536  # 9 MB in memory: what a run holds at most, however long it is
 _PARTIAL = b"isolatency.partial"
 _FOOTER_BYTES = 1024 * 1024
 
 
+def blank(n: int) -> Raw:
+    """`n` rows of zeros, without stamps and stages."""
+    raw = np.zeros((n, FIELDS), dtype=np.int64)
+    raw[:, STAGES_AT:] = ABSENT
+    return raw
+
+
 class Where(NamedTuple):
-    """What the requests of one block have in common. A closed loop is one block; plain Locust has just one."""
+    """What the requests of one block have in common. Plain Locust has just one block."""
 
     target: str
     model: str
@@ -76,7 +90,7 @@ class Where(NamedTuple):
 
 
 def table(raw: Raw, where: Where) -> pa.Table:
-    """Raw rows, shape (n, FIELDS), as a table of SCHEMA. In a closed loop a request is intended when it is sent."""
+    """Raw rows, shape (n, FIELDS), as a table of SCHEMA."""
     n = len(raw)
     failed = raw[:, OUTCOME] != OK
     outcome = pa.DictionaryArray.from_arrays(pa.array(raw[:, OUTCOME].astype(np.int16)), pa.array(OUTCOMES))
@@ -89,14 +103,15 @@ def table(raw: Raw, where: Where) -> pa.Table:
         _same_name(n, where.load),
         _same(n, where.worker, pa.int16()),
         pa.array(raw[:, CONNECTION].astype(np.int16)),
-        pa.array(raw[:, SENT]),
-        pa.array(raw[:, SENT]),
+        pa.array(raw[:, INTENDED]),
+        pa.array(raw[:, SENT], mask=raw[:, SENT] == 0),
         pa.array(raw[:, FIRST], mask=raw[:, FIRST] == 0),
         pa.array(raw[:, ENDED], mask=failed),
         pa.array(raw[:, STATUS].astype(np.int16)),
         outcome,
         pa.array(raw[:, BYTES_OUT].astype(np.int32)),
         pa.array(raw[:, BYTES_IN].astype(np.int32)),
+        *(pa.array(column.astype(np.int32), mask=column == ABSENT) for column in raw.T[STAGES_AT:]),
         _same(n, where.warmup, pa.bool_()),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
@@ -210,12 +225,21 @@ class BlockWriter:
         self._line(BLOCK_COLUMNS)
 
     def add(
-        self, where: Where, start_ns: int, end_ns: int, drained_ns: int, host_cpu_us: int | None, client_cpu_us: int
+        self,
+        where: Where,
+        start_ns: int,
+        end_ns: int,
+        drained_ns: int,
+        host_cpu_us: int | None,
+        client_cpu_us: int,
+        effort: Effort | None = None,
     ) -> None:
         """`host_cpu_us` None: unknown, an empty field. Raises IsolatencyError when the file cannot take it."""
+        did = effort or Effort()
         self._line(
             (where.restart, where.round, where.block, where.target, where.model, where.load,
-             start_ns, end_ns, drained_ns, where.warmup, host_cpu_us, client_cpu_us)
+             start_ns, end_ns, drained_ns, where.warmup, host_cpu_us, client_cpu_us,
+             sum(did.late.values()), *did.lateness, did.queued, did.reconnects, did.gap_ns, did.limited)
         )  # fmt: skip
 
     def close(self) -> None:

@@ -7,22 +7,27 @@ finished block: {"done_s", "total_s", "model", "load", "target"}.
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import gevent  # type: ignore[import-untyped]
 import msgspec
 import numpy as np
 
-from images.errors import TargetError, UsageError
-from loadtest import _cpu, _order, _preflight, _rows, _samples, _tally
+from images.errors import IsolatencyError, TargetError, UsageError
+from loadtest import _arrivals, _cpu, _order, _preflight, _rows, _samples, _tally
+from loadtest._arrivals import Load, Schedule
 from loadtest._connection import Connection, Work, resolve
 from loadtest._engine import Block, Engine
-from loadtest._samples import OK, OUTCOME, OUTCOMES, REFUSED, RESET, TIMEOUT, Where
+from loadtest._pace import Effort
+from loadtest._samples import OK, OUTCOME, OUTCOMES, REFUSED, RESET, TIMEOUT, Raw, Where
 
 PATIENCE_S = 3.0  # a target that only refuses or resets for longer than this has died
 TIMEOUTS_PATIENCE = 3  # one that only times out is given so many time-outs, and this long at least:
 TIMEOUTS_PATIENCE_S = 15.0
+EXTENSION = 10  # a cell that has too few requests goes on for up to so many times its seconds
+SPILL_S = 0.25  # so often are a long block's requests looked at, and written where they fill a row group
 
 _T = TypeVar("_T")
 
@@ -37,7 +42,8 @@ class Target(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The part of PLAN.json that the load needs; `seconds` is per target in each cell."""
+    """The part of PLAN.json that the load needs. Each target has `seconds` in each cell, and goes on there until it has
+    `min_requests`. Loads that are no closed loop have `open_connections` per target."""
 
     phase: str
     seed: int
@@ -51,6 +57,9 @@ class Plan(msgspec.Struct, frozen=True):
     request_timeout_s: float
     restart: int = 0
     data: dict[str, str] = {}  # where the rows of a model do not come with isolatency
+    open_connections: int = 16
+    min_requests: int = 0
+    client_spin_us: float = 0.0
 
 
 class _Targets(msgspec.Struct, frozen=True):
@@ -62,7 +71,7 @@ class _Turn(NamedTuple):
 
     target: Target
     model: str
-    load: str
+    load: Load
     round: int
     block: int
     warmup: bool
@@ -75,7 +84,7 @@ def read(plan_file: Path, endpoints_file: Path) -> tuple[Plan, tuple[Target, ...
     if not targets or not plan.models or not plan.loads:
         raise UsageError(f"{plan_file} and {endpoints_file} want at least one target, one model and one load")
     for load in plan.loads:
-        connections(load)
+        _arrivals.parse(load)
     return plan, targets
 
 
@@ -88,14 +97,6 @@ def _decode(path: Path, kind: type[_T]) -> _T:
         raise UsageError(f"{path} is not what a run writes: {error}") from error
 
 
-def connections(load: str) -> int:
-    """The number of connections of a load: 16 for closed-16. Raises UsageError."""
-    kind, _, number = load.partition("-")
-    if kind != "closed" or not number.isdigit() or not int(number):
-        raise UsageError(f"unknown load {load!r}; wanted closed-N, N connections")
-    return int(number)
-
-
 class Session:
     """One phase. `done`: all blocks were run; `failures` counts what was not ok by (label, model, outcome).
 
@@ -104,94 +105,141 @@ class Session:
 
     def __init__(self, plan: Plan, targets: tuple[Target, ...], out: Path, data: Path, stats: Any) -> None:
         self.plan = plan
-        self.users = max(connections(load) for load in plan.loads)
         self.requests = 0
         self.failures: Counter[tuple[str, str, str]] = Counter()
         self.done = False
+        self._loads = [_arrivals.parse(load) for load in plan.loads]
+        self.users = max(self._connections_of(load) for load in self._loads)
         self._targets = targets
         self._stats = stats
         self._silent_since_ns: dict[str, int] = {}
         addresses = {target.name: resolve(target.url) for target in targets}
-        queries = {}
+        self._work: dict[tuple[str, str, bool], Work] = {}
         for model in dict.fromkeys(plan.models):
             rows = _rows.load(model, Path(plan.data.get(model, data)))
             width, timeout_s = rows.rows.shape[1], max(plan.request_timeout_s, 10.0)
             found = [_preflight.check(addresses[target.name], model, width, timeout_s) for target in targets]
-            queries[model] = _rows.prepare(rows, plan.rows, plan.seed, found[0])
-        self._work = {
-            (target.name, model): Work(addresses[target.name], query, plan.check)
-            for target in targets
-            for model, query in queries.items()
-        }
+            for offline in dict.fromkeys(load.scenario == "offline" for load in self._loads):
+                queries = _rows.prepare(rows, plan.rows, plan.seed, found[0], all_rows=offline)
+                for target in targets:
+                    self._work[target.name, model, offline] = Work(addresses[target.name], queries, plan.check)
         self._connections = {
             target.name: [Connection(addresses[target.name], number) for number in range(self.users)]
             for target in targets
         }
         self._out = out
 
+    def _connections_of(self, load: Load) -> int:
+        return load.connections or self.plan.open_connections
+
     def run(self, engine: Engine) -> None:
         """Block the calling greenlet to the end of the phase, or until the engine is cut short.
 
         Raises TargetError when a target dies, IsolatencyError when a file cannot be written; files are closed always.
         """
-        turns = list(self._turns())
         self._samples = _samples.ParquetWriter(self._out / f"samples-{self.plan.phase}.parquet")
         self._blocks = _samples.BlockWriter(self._out / f"blocks-{self.plan.phase}.csv")
         try:
-            for turn in turns:
+            for turn in self._turns():
                 self._run_block(engine, turn)
                 if engine.cut:
                     return
-                self._progress(turn, len(turns))
+                self._progress(turn)
             self.done = True
         finally:
             self._blocks.close()
             self._samples.close(partial=not self.done)
 
     def _turns(self) -> Iterator[_Turn]:
+        """Every block, in its order; how many there are depends on what came of those before."""
         plan = self.plan
         by_name = {target.name: target for target in self._targets}
         count = _order.blocks_per_target(plan.seconds, plan.block_s)
         warmup = _order.warmup_blocks(plan.warmup_s, plan.block_s, count)
+        rounds = len(_order.rounds(list(by_name), count, [plan.seed, 0]))
+        cells = [(model, load) for model in plan.models for load in self._loads]
+        self._total = len(cells) * rounds * len(by_name)
         block = 0
-        for cell, (model, load) in enumerate((model, load) for model in plan.models for load in plan.loads):
-            for number, names in enumerate(_order.rounds(list(by_name), count, [plan.seed, cell])):
+        for cell, (model, load) in enumerate(cells):
+            self._counted: Counter[str] = Counter()
+            for number, names in enumerate(_order.rounds(list(by_name), count * EXTENSION, [plan.seed, cell])):
+                whole = number % 2 == 0 or len(by_name) == 1  # an order and its mirror
+                if number >= rounds and whole and self._enough():
+                    break
+                self._total += len(by_name) * (number >= rounds)
                 for name in names:
                     yield _Turn(by_name[name], model, load, number, block, number < warmup)
                     block += 1
 
+    def _enough(self) -> bool:
+        return all(self._counted[target.name] >= self.plan.min_requests for target in self._targets)
+
     def _run_block(self, engine: Engine, turn: _Turn) -> None:
-        work = self._work[turn.target.name, turn.model]
-        active = self._connections[turn.target.name][: connections(turn.load)]
+        load = turn.load
+        work = self._work[turn.target.name, turn.model, load.scenario == "offline"]
+        active = self._connections[turn.target.name][: self._connections_of(load)]
         for connection in active:
             connection.work = work
             # The same queries at the same places of a round for every target; connections do not ask in step.
             connection.query = (turn.round * 97 + connection.number * 37) % len(work.requests)
-        host_before, client_before = _cpu.read(turn.target.pids), time.process_time_ns()
-        block = engine.run_block(active, self.plan.block_s)
-        client_us = round((time.process_time_ns() - client_before) / 1000)
-        host_us = _cpu.between_us(host_before, _cpu.read(turn.target.pids))
-        if not len(block.raw) and engine.cut:
-            return
         where = Where(
-            turn.target.name, turn.model, turn.load, self.plan.restart, turn.round, turn.block, 0, turn.warmup
+            turn.target.name, turn.model, load.name, self.plan.restart, turn.round, turn.block, 0, turn.warmup
         )
-        self._blocks.add(where, block.start_ns, block.end_ns, block.drained_ns, host_us, client_us)
-        self._samples.add(_samples.table(block.raw, where))
-        self._count(turn, block)
+        outcomes: Counter[int] = Counter()
+        spill = gevent.spawn(self._spill, engine, turn, where, outcomes)
+        host_before, cpu_ns, wall_ns = _cpu.read(turn.target.pids), time.process_time_ns(), time.monotonic_ns()
+        try:
+            block = engine.run_block(active, self._seconds(load), self._schedule(turn, work) if load.open else None)
+        finally:
+            spill.kill()
+        cpu_ns, wall_ns = time.process_time_ns() - cpu_ns, time.monotonic_ns() - wall_ns
+        host_us = _cpu.between_us(host_before, _cpu.read(turn.target.pids))
+        effort = Effort()
+        effort.add(engine.take_pace())
+        effort.end(cpu_ns, wall_ns)
+        self._absorb(engine.take(), turn, where, outcomes)
+        if not outcomes and engine.cut:
+            return
+        client_us = round(cpu_ns / 1000)
+        self._blocks.add(where, block.start_ns, block.end_ns, block.drained_ns, host_us, client_us, effort)
+        if not turn.warmup:
+            self._counted[turn.target.name] += outcomes.total()
         if not engine.cut:
-            self._check_alive(turn.target, block)
+            self._check_alive(turn.target, block, set(outcomes))
 
-    def _count(self, turn: _Turn, block: Block) -> None:
-        name = f"{turn.target.label}/{turn.model}"
-        _tally.add(self._stats, name, block.raw, time.time_ns() - time.monotonic_ns())
-        self.requests += len(block.raw)
-        for outcome, n in enumerate(np.bincount(block.raw[:, OUTCOME]).tolist()):
-            if outcome != OK and n:
+    def _seconds(self, load: Load) -> float:
+        return 0.0 if load.scenario == "offline" else self.plan.block_s
+
+    def _schedule(self, turn: _Turn, work: Work) -> Callable[[int], Schedule]:
+        """The arrivals of a block: the same in each round for every target."""
+        made = _arrivals.pieces(turn.load, (self.plan.seed, self.plan.restart, turn.round), len(work.requests))
+        before_ns = round(self.plan.block_s * 1e9)
+        timed = turn.load.scenario != "offline"
+        return lambda start_ns: Schedule(made, start_ns, before_ns=before_ns, timed=timed)
+
+    def _spill(self, engine: Engine, turn: _Turn, where: Where, outcomes: Counter[int]) -> None:
+        """Write a long block's requests while it goes on, so that memory does not grow with it."""
+        while True:
+            gevent.sleep(SPILL_S)
+            if engine.recorded >= _samples.ROW_GROUP:
+                try:
+                    self._absorb(engine.take(), turn, where, outcomes)
+                except IsolatencyError as error:
+                    engine.error = error
+                    engine.cut_short()
+                    return
+
+    def _absorb(self, raw: Raw, turn: _Turn, where: Where, outcomes: Counter[int]) -> None:
+        self._samples.add(_samples.table(raw, where))
+        _tally.add(self._stats, f"{turn.target.label}/{turn.model}", raw, time.time_ns() - time.monotonic_ns())
+        self.requests += len(raw)
+        for outcome, n in enumerate(np.bincount(raw[:, OUTCOME]).tolist()):
+            if n:
+                outcomes[outcome] += n
+            if n and outcome != OK:
                 self.failures[turn.target.label, turn.model, OUTCOMES[outcome]] += n
 
-    def _check_alive(self, target: Target, block: Block) -> None:
-        outcomes = set(block.raw[:, OUTCOME].tolist())
+    def _check_alive(self, target: Target, block: Block, outcomes: set[int]) -> None:
         if outcomes - {REFUSED, RESET, TIMEOUT}:
             self._silent_since_ns.pop(target.name, None)
             return
@@ -199,17 +247,18 @@ class Session:
         patience_s = PATIENCE_S
         if TIMEOUT in outcomes:
             patience_s = max(TIMEOUTS_PATIENCE_S, TIMEOUTS_PATIENCE * self.plan.request_timeout_s)
-        if silent_s > patience_s:
-            kinds = ", ".join(OUTCOMES[outcome] for outcome in sorted(outcomes)) or "nothing"
+        if outcomes and silent_s > patience_s:
+            kinds = ", ".join(OUTCOMES[outcome] for outcome in sorted(outcomes))
             raise TargetError(
                 f"{target.label} at {target.url} gave no answer for {silent_s:.0f} s ({kinds}): it has died under "
                 "load; what was measured until then is kept, its console is in logs/"
             )
 
-    def _progress(self, turn: _Turn, turns: int) -> None:
+    def _progress(self, turn: _Turn) -> None:
+        block_s = self.plan.block_s
         line = {
-            "done_s": round((turn.block + 1) * self.plan.block_s, 3), "total_s": round(turns * self.plan.block_s, 3),
-            "model": turn.model, "load": turn.load, "target": turn.target.name,
+            "done_s": round((turn.block + 1) * block_s, 3), "total_s": round(self._total * block_s, 3),
+            "model": turn.model, "load": turn.load.name, "target": turn.target.name,
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 

@@ -44,6 +44,8 @@ def stages(folder: Folder) -> tuple[list[Stages], list[str]]:
                     of_band = means.get(((target.name, model, load), band))
                     if of_band:
                         found.append(_one(target.name, target.label, target.emulated, model, load, band, of_band))
+    if not any(part.name == "residual" for one in found for part in one.parts):
+        return [], _client(found)  # the columns are there, and no server filled them
     return found, [*_negative(negative, folder), *_client(found), *_unlike(found, folder.plan.loads[0])]
 
 

@@ -1,39 +1,35 @@
 """Our samples in Locust's statistics, in batches: `events.request` costs 7 to 8 µs, more than a request does.
 
-Locust rounds response times to whole milliseconds as it counts them. Here they are counted to three significant
-digits instead (12,345 ns as 0.0123 ms): its page, its JSON and, with `show_fractions`, its CSV files show them so.
-Its terminal tables stay in whole milliseconds. Locust itself is not imported: the caller hands its objects in.
+Locust rounds response times to whole milliseconds as it counts them. Here they are counted as the middles of log-linear
+buckets (`_histogram`), in ms with all their digits, and Locust adds up the counts of its workers exactly: its page, its
+JSON and, with `show_truth`, its quantiles and CSV files are then right to 0.05 %. A failed request counts as infinitely
+slow: as NEVER_MS, since JSON has no infinity. Locust's terminal tables stay in whole milliseconds. Locust itself is not
+imported: the caller hands its objects in.
 """
 
+import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from loadtest._samples import BYTES_IN, ENDED, OK, OUTCOME, OUTCOMES, SENT, STATUS, WRONG_STATUS, Raw
+from loadtest import _histogram
+from loadtest._samples import BYTES_IN, ENDED, INTENDED, OK, OUTCOME, OUTCOMES, STATUS, WRONG_STATUS, Raw
 
+NEVER_MS = _histogram.LONGEST_NS / 1e6  # 9007199254.740992
 METHOD = "POST"
-
-
-def rounded_ns(elapsed_ns: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Each value to three significant digits, half to even. Shape and unit stay."""
-    exponents = np.floor(np.log10(np.maximum(elapsed_ns, 1))).astype(np.int64)
-    unit = 10 ** np.maximum(exponents - 2, 0)
-    rounded: NDArray[np.int64] = (np.rint(elapsed_ns / unit) * unit).astype(np.int64)
-    return rounded
 
 
 def add(stats: Any, name: str, raw: Raw, epoch_ns: int) -> None:
     """Add requests, shape (n, FIELDS), to Locust's RequestStats under the row `name`.
 
-    `epoch_ns` is what the wall clock shows when the monotonic one shows 0. As in Locust, a failed request counts with
-    the time until its failure was known.
+    `epoch_ns` is what the wall clock shows when the monotonic one shows 0. In the mean, the least and the most, as in
+    Locust, a failed request counts with the time until its failure was known.
     """
     if not len(raw):
         return
-    elapsed_ns = raw[:, ENDED] - raw[:, SENT]
-    times = [(ns / 1e6, n) for ns, n in _counts(rounded_ns(elapsed_ns))]
-    seconds = _counts((raw[:, ENDED] + epoch_ns) // 1_000_000_000)
+    elapsed_ns = raw[:, ENDED] - raw[:, INTENDED]
+    times = _histogram.counts(np.where(raw[:, OUTCOME] == OK, _histogram.middles_ns(elapsed_ns) / 1e6, NEVER_MS))
+    seconds = _histogram.counts((raw[:, ENDED] + epoch_ns) // 1_000_000_000)
     last = (int(raw[:, ENDED].max()) + epoch_ns) / 1e9
     total_ms, least_ms, most_ms = (float(f(elapsed_ns)) / 1e6 for f in (np.sum, np.min, np.max))
     for entry in (stats.total, stats.entries[(name, METHOD)]):
@@ -51,13 +47,10 @@ def add(stats: Any, name: str, raw: Raw, epoch_ns: int) -> None:
         for time_ms, n in times:
             entry.response_times[time_ms] += n
     failed = raw[raw[:, OUTCOME] != OK]
-    for kind, n in _counts(failed[:, OUTCOME] * 1000 + failed[:, STATUS] * (failed[:, OUTCOME] == WRONG_STATUS)):
+    for kind, n in _histogram.counts(
+        failed[:, OUTCOME] * 1000 + failed[:, STATUS] * (failed[:, OUTCOME] == WRONG_STATUS)
+    ):
         _add_error(stats, name, _describe(kind // 1000, kind % 1000), n)
-
-
-def _counts(values: NDArray[np.int64]) -> list[tuple[int, int]]:
-    found, counts = np.unique(values, return_counts=True)
-    return list(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def _describe(outcome: int, status: int) -> str:
@@ -89,18 +82,26 @@ def summary(stats: Any) -> list[str]:
 
 def _shown_us(time_ms: float) -> str:
     us = time_ms * 1000
-    return f"{us:.4g}" if us < 1000 else f"{us:.0f}"
+    return "∞" if time_ms >= NEVER_MS else f"{us:.4g}" if us < 1000 else f"{us:.0f}"
 
 
-def show_fractions(locust_stats: Any) -> None:
-    """Let Locust's CSV files and its page show what is counted: `int()` and rounding to whole numbers replaced."""
+def show_truth(locust_stats: Any) -> None:
+    """Let Locust's quantiles be of nearest rank, and its CSV files and its page show what is counted: `int()` and
+    rounding to whole numbers replaced."""
+
+    def percentile(counted: dict[float, int], _: int, q: float) -> float:
+        found = _histogram.quantile(counted, q)
+        return 0.0 if math.isnan(found) else found
 
     def percentile_fields(self: Any, entry: Any, use_current: bool = False) -> list[Any]:
         if not entry.num_requests:
             return list(self.percentiles_na)
         current = use_current and entry.use_response_times_cache
         ask = entry.get_current_response_time_percentile if current else entry.get_response_time_percentile
-        return [round(ask(q) or 0, 6) for q in self.percentiles_to_report]
+        found = [ask(q) or 0 for q in self.percentiles_to_report]
+        return ["inf" if value >= NEVER_MS else round(value, 7) for value in found]
 
+    locust_stats.calculate_response_time_percentile = percentile
+    locust_stats.StatsEntry.median_response_time = property(lambda entry: entry.get_response_time_percentile(0.5))
     locust_stats.StatsCSV._percentile_fields = percentile_fields
     locust_stats.proper_round = lambda value, digits=0: round(value, max(digits, 6))

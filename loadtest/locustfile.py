@@ -1,4 +1,4 @@
-"""What `locust -f loadtest/` runs: InferenceUser, one keep-alive connection in a closed loop, and our options.
+"""What `locust -f loadtest/` runs: InferenceUser, one keep-alive connection of the engine's, and our options.
 
 Two ways in: plain Locust (its page, its command line, `--processes`) drives one target, given as the host; run mode
 (`--plan`, as `isolatency run` starts it) takes all cells of a plan in blocks that go round several targets.
@@ -8,6 +8,7 @@ import gc
 import logging
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,16 @@ from locust import User, constant, events, task
 from locust.runners import MasterRunner, WorkerRunner
 
 from images.errors import IsolatencyError, UsageError
-from loadtest import _models, _plain, _session, _tally
+from loadtest import _arrivals, _models, _plain, _session, _tally, _workers
 from loadtest._connection import Connection
 from loadtest._engine import Engine
+from loadtest._pace import Effort
 
 FLUSH_S = 0.5
 CUT_BOUND_S = 1.5  # a run that is interrupted has closed its files by then
+DRAIN_S = 5.0  # so long at most are answers waited for at the end of a test
+CONNECT_S = 3.0  # arrivals wait so long at most until all users are connected
+LEAD_NS = 20_000_000  # from the moment when all are connected to the first arrival
 TROUBLE = "isolatency_trouble"  # from a worker to its master: the test cannot go on, and why
 
 logger = logging.getLogger("isolatency")
@@ -33,6 +38,19 @@ logger = logging.getLogger("isolatency")
 
 def add_options(parser: Any) -> None:
     add = parser.add_argument
+    add(
+        "--scenario", default="closed", choices=_arrivals.SCENARIOS,
+        help="When requests start. Closed and single: when the last one was answered. Constant and poisson: --rate per "
+        "second, however long answers take; latency counts from the intended start. Offline: all rows at once.",
+    )  # fmt: skip
+    add(
+        "--rate", type=float, default=0.0,
+        help="Requests per second over all users and workers, from when all are connected (constant, poisson).",
+    )  # fmt: skip
+    add(
+        "--spin-us", type=float, default=0.0,
+        help="Be awake for so long before each intended start: less lateness for more CPU.",
+    )  # fmt: skip
     add("--model", default="knn", help="The model to ask: knn, dnn or null (null costs nothing: isolation alone).")
     add("--rows", type=int, default=1, help="Rows per request, a batch; real rows of the model's data set, varied.")
     add(
@@ -57,7 +75,7 @@ def add_options(parser: Any) -> None:
 
 
 class InferenceUser(User):
-    """One keep-alive connection that sends its next request as soon as the last one is answered."""
+    """One keep-alive connection; in a closed loop it sends its next request as soon as the last one is answered."""
 
     wait_time = constant(0)
     _connection: Connection | None = None
@@ -103,6 +121,8 @@ class Mode:
 
     def spawned(self) -> None: ...
 
+    def stopping(self) -> None: ...
+
     def stop(self) -> None: ...
 
     def quitting(self) -> None: ...
@@ -110,10 +130,10 @@ class Mode:
     def last_words(self) -> list[str]:
         return [f"error: {self.error}"] if self.error is not None else []
 
-    def new_engine(self, timeout_s: float) -> Engine:
+    def new_engine(self, timeout_s: float, spin_ns: int) -> Engine:
         gc.collect()
         gc.freeze()  # a collection that walks all of Locust's modules takes tens of ms, in the middle of a request
-        return Engine(timeout_s, self.fail)
+        return Engine(timeout_s, self.fail, spin_ns)
 
     def fail(self, error: Exception) -> None:
         """End the test; called from anywhere, also from the hub."""
@@ -154,12 +174,18 @@ class Plain(Mode):
         super().__init__(environment)
         self._load: _plain.Load | None = None
         self._flusher: Any = None
+        self._master: _workers.Master | None = None
+        self._worker: _workers.Worker | None = None
+        self._effort = Effort()
         runner = environment.runner
         if isinstance(runner, MasterRunner):  # its workers know whether they reach the target
             runner.register_message(
                 TROUBLE, lambda msg, **_: self.fail(_Trouble(msg.data["message"], msg.data["code"]))
             )
-        elif self.options.headless and not isinstance(runner, WorkerRunner):
+            self._master = _workers.Master(environment, self._finished)
+        elif isinstance(runner, WorkerRunner):
+            self._worker = _workers.Worker(environment, self._begin, self._finish)
+        elif self.options.headless:
             self._load = self._new_load()
 
     def _wanted(self) -> _plain.Options:
@@ -174,22 +200,27 @@ class Plain(Mode):
         return load
 
     def start(self) -> None:
-        if isinstance(self.environment.runner, MasterRunner):
+        if self._master is not None:
+            self._master.start()
             return
         try:
             self._load = self._load or self._new_load()
         except IsolatencyError as error:
             self.fail(error)
             return
-        self.engine = self.new_engine(self.options.request_timeout)
-        self._ended = Event()
+        self.engine = self.new_engine(self.options.request_timeout, self._load.spin_ns)
+        self._effort, self._begun = Effort(), False
+        self._ended, self._finishing, self._finish_done = Event(), False, Event()
+        self._mark = (time.process_time_ns(), time.monotonic_ns())
         self._flusher = gevent.spawn(self._flush_now_and_then)
+        if self._worker is not None:
+            self._worker.start()
 
     def add_user(self) -> Connection | None:
         if self._load is None or self.engine is None:
             return None  # the test could not be started: the user waits until it is ended
         connection = self._load.add_user()
-        self.engine.join(connection)
+        self.engine.join(connection, active=not self._load.load.open)
         return connection
 
     def rest_user(self, connection: Connection) -> None:
@@ -202,40 +233,99 @@ class Plain(Mode):
             self._load.remove_user(connection)
 
     def spawned(self) -> None:
-        if self.environment.reset_stats and self._load is not None and self.engine is not None:
-            self._load.flush(self.engine, count=False)
+        if self._master is not None:
+            self._master.begin()
+        elif self._load is not None and self.engine is not None:
+            if self.environment.reset_stats:
+                self._load.flush(self.engine, count=False)
+            if self._worker is None:
+                gevent.spawn(self._begin_when_connected, self.engine)
+
+    def _begin_when_connected(self, engine: Engine) -> None:
+        end_s = time.monotonic() + CONNECT_S
+        while engine.connected < self.environment.runner.user_count and time.monotonic() < end_s:
+            gevent.sleep(0.005)
+        self._begin(time.monotonic_ns() + LEAD_NS, 0, 1)
+
+    def _begin(self, start_ns: int, worker: int, workers: int) -> None:
+        """All users of all workers are connected."""
+        if self.engine is None or self._load is None or self._begun or self._finishing:
+            return
+        self._begun = True
+        self._mark = (time.process_time_ns(), time.monotonic_ns())
+        if self._load.load.open:
+            self.engine.begin(self._load.schedule(start_ns, worker, workers))
 
     def _flush_now_and_then(self) -> None:
         while not self._ended.wait(FLUSH_S):
             try:
                 assert self._load is not None and self.engine is not None
                 self._load.flush(self.engine)
+                self._effort.add(self.engine.take_pace())
             except IsolatencyError as error:
                 self.fail(error)
                 return
+            if self.engine.finished:
+                gevent.spawn(self._finished if self._worker is None else self._finish)
+                return
 
-    def stop(self) -> None:
-        if self.engine is not None:
-            self._ended.set()
-            self._flusher.join()  # it may be in the middle of writing the samples
+    def _finished(self) -> None:
+        """The load has come to its end by itself."""
+        runner = self.environment.runner
+        (runner.quit if self.options.headless else runner.stop)()
+
+    def stopping(self) -> None:
+        if self._master is not None:
+            self._master.end()
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Wait for the answers that are due; then nothing more is recorded. Once per test."""
         load, engine = self._load, self.engine
-        self._load = self.engine = None
         if load is None or engine is None:
             return
+        if self._finishing:
+            self._finish_done.wait(timeout=2 * DRAIN_S)
+            return
+        self._finishing = True
+        engine.drain(min(self.options.request_timeout, DRAIN_S))
+        self._ended.set()
+        self._flusher.join()  # it may be in the middle of writing the samples
         try:
             load.flush(engine)
             load.close()
         except IsolatencyError as error:
             self.fail(error)
-        engine.close()
+        self._effort.add(engine.take_pace())
+        cpu_ns, wall_ns = self._mark
+        self._effort.end(time.process_time_ns() - cpu_ns, time.monotonic_ns() - wall_ns)
+        if self._worker is not None:
+            self._worker.report(self._effort)
+        self._finish_done.set()
+
+    def stop(self) -> None:
+        if self._master is not None or self.engine is None:
+            return
+        self._finish()
+        self.engine.close()
+        self._load = self.engine = None
 
     def quitting(self) -> None:
-        self.stop()  # before Locust decides on its exit code
+        self.stopping()  # before Locust decides on its exit code
+        self.stop()
+        if self._master is not None and self._master.lost:
+            self.environment.process_exit_code = self.environment.process_exit_code or 1
 
     def last_words(self) -> list[str]:
-        if isinstance(self.environment.runner, WorkerRunner):
+        if self._worker is not None:
             return []
-        return _tally.summary(self.environment.stats) + super().last_words()
+        words = _tally.summary(self.environment.stats)
+        if self._master is not None:
+            words += self._master.effort.words() + self._master.words()
+        else:
+            words += self._effort.words()
+        return words + super().last_words()
 
 
 class Run(Mode):
@@ -256,7 +346,8 @@ class Run(Mode):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # until Locust puts its own handler there
 
     def start(self) -> None:
-        self.engine = self.new_engine(self._session.plan.request_timeout_s)
+        plan = self._session.plan
+        self.engine = self.new_engine(plan.request_timeout_s, round(plan.client_spin_us * 1000))
 
     def spawned(self) -> None:
         if self._greenlet is None:
@@ -293,7 +384,7 @@ def on_init(environment: Any, **_: Any) -> None:
     global mode
     given = environment.parsed_options
     try:
-        _tally.show_fractions(locust.stats)
+        _tally.show_truth(locust.stats)
         mode = (Run if given.plan or given.endpoints or given.out else Plain)(environment)
     except IsolatencyError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -319,6 +410,7 @@ hooks.init_command_line_parser.add_listener(add_options)
 hooks.init.add_listener(on_init)
 hooks.test_start.add_listener(lambda **_: mode.start())
 hooks.spawning_complete.add_listener(lambda **_: mode.spawned())
+hooks.test_stopping.add_listener(lambda **_: mode.stopping())
 hooks.test_stop.add_listener(lambda **_: mode.stop())
 hooks.quitting.add_listener(lambda **_: mode.quitting())
 hooks.quit.add_listener(on_quit)

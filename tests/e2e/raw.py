@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from loadtest._timing import STAGES
+
 Behaviour = Callable[[socket.socket, bytes, int], None]  # connection, the right answer's body, how many came before
 WIDTH = 30
 
@@ -194,6 +196,22 @@ def every_third_garbled(connection: socket.socket, body: bytes, n: int) -> None:
 def every_third_silent(connection: socket.socket, body: bytes, n: int) -> None:
     if n % 3:
         well(connection, body, n)
+
+
+STALL_S, EVERY_S = 0.12, 0.9
+
+
+def stalling(connection: socket.socket, body: bytes, n: int) -> None:
+    """Whatever comes in the first 120 ms of every 0.9 s is answered after them."""
+    if (phase := time.monotonic() % EVERY_S) < STALL_S:
+        time.sleep(STALL_S - phase)
+    well(connection, body, n)
+
+
+def timed(connection: socket.socket, body: bytes, n: int) -> None:
+    """Says so in Server-Timing, but for every third answer."""
+    stages = ", ".join(f"{name};dur={(n % 3) * 0.001 + place:.6f}" for place, name in enumerate(STAGES))
+    connection.sendall(whole(body, more=f"Server-Timing: {stages}\r\n" if n % 3 else ""))
 
 
 def slow(connection: socket.socket, body: bytes, n: int) -> None:

@@ -1,6 +1,7 @@
 """The real `locust` command: against the project's server on loopback, and against servers that misbehave."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from loadtest._arrivals import parse, pieces
 from loadtest._samples import is_partial
+from loadtest._timing import STAGES
 from tests.e2e import raw
 from tests.e2e.raw import Raw
 
@@ -398,6 +401,115 @@ def on_a_small_disk(folder: Path, *words: object) -> Done:
     return subprocess.run(argv, capture_output=True, text=True, timeout=BOUND_S, cwd=folder, stdin=subprocess.DEVNULL)
 
 
+# Loads with an intended start
+
+
+@pytest.mark.parametrize("users", [1, 32])
+def test_a_stall_is_seen_by_all_requests_that_were_meant_to_start_in_it(tmp_path: Path, data: Path, users: int) -> None:
+    """120 ms of every 0.9 s: an eighth of the requests waits, evenly from 0 to 120 ms, so that p99 is known."""
+    server = Raw(raw.stalling)
+    words = ("--scenario", "constant", "--rate", 350, "--samples", "s.parquet", "--csv", "st", "--data", data)
+    done = plain(tmp_path, server.url, *words, users=users, seconds=12)
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_parquet(tmp_path / "s.parquet")
+    assert set(frame.load) == {"constant-350"} and set(frame.connection) <= set(range(users))
+    intended = np.sort(frame.intended_ns)
+    assert (np.abs(np.diff(intended) - 1e9 / 350) <= 1).all()  # every one of them is there
+    stalled = raw.STALL_S / raw.EVERY_S
+    true_ms = raw.STALL_S * 1000 * (1 - 0.01 / stalled)
+    ms = (frame.received_ns - frame.intended_ns) / 1e6
+    assert ms.quantile(0.99) == pytest.approx(true_ms, rel=0.06)
+    assert pd.read_csv(tmp_path / "st_stats.csv")["99%"][0] == pytest.approx(true_ms, rel=0.06)
+    shown = re.search(r"arrivals: (\d+), woken for late by", done.stderr)
+    assert shown and int(shown[1]) == len(frame) == server.requests
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_poisson_arrivals_are_one_seeded_schedule_over_all_workers(tmp_path: Path, data: Path, processes: int) -> None:
+    words = ("--scenario", "poisson", "--rate", 400, "--seed", 5, "--samples", "s.parquet", "--data", data)
+    words += ("--processes", processes) if processes else ()
+    done = plain(tmp_path, Raw().url, *words, users=4, seconds=8)
+    assert done.returncode == 0, done.stderr
+    frame = pd.concat([pd.read_parquet(path) for path in sorted(tmp_path.glob("s*.parquet"))])
+    assert frame.worker.nunique() == max(processes, 1)
+    offsets = np.concatenate(list(itertools.islice(pieces(parse("poisson-400"), 5), 2)))[: len(frame)]
+    for worker, own in frame.groupby("worker"):
+        share = offsets[worker :: max(processes, 1)]
+        gaps = np.diff(np.sort(own.intended_ns))
+        assert (np.abs(gaps - np.diff(share)[: len(gaps)]) <= 1).all() and len(gaps) > 500
+    # Beginnings of workers on one machine agree, by what they worked out of the master's clock.
+    begins = [own.intended_ns.min() - offsets[worker] for worker, own in frame.groupby("worker")]
+    assert np.ptp(begins) < 5e6
+
+
+def test_offline_sends_every_row_once_and_ends_by_itself(tmp_path: Path, data: Path) -> None:
+    for more in ((), ("--processes", 2)):
+        server = Raw()
+        words = ("--scenario", "offline", "--rows", 7, "--check", 1, "--samples", "s.parquet", "--data", data, *more)
+        done = plain(tmp_path, server.url, *words, users=4, seconds=100)
+        assert done.returncode == 0, done.stderr
+        frame = pd.concat([pd.read_parquet(path) for path in tmp_path.glob("s*.parquet")])
+        assert len(frame) == server.requests == 43  # 300 rows
+        assert set(frame.outcome) == {"ok"} and frame.groupby("worker").intended_ns.nunique().max() == 1
+        for path in tmp_path.glob("s*.parquet"):
+            path.unlink()
+
+
+def test_single_is_one_connection(tmp_path: Path, data: Path) -> None:
+    done = plain(tmp_path, Raw().url, "--scenario", "single", "--samples", "s.parquet", "--data", data, users=1)
+    frame = pd.read_parquet(tmp_path / "s.parquet")
+    assert done.returncode == 0 and set(frame.load) == {"single"} and set(frame.connection) == {0}
+    assert (frame.intended_ns == frame.sent_ns).all()
+    done = plain(tmp_path, Raw().url, "--scenario", "single", "--data", data, users=2)
+    assert done.returncode == 2 and "-u 2" in last_line(done)
+
+
+def test_spinning_wakes_up_earlier_than_not_spinning(tmp_path: Path, data: Path) -> None:
+    late_us = {}
+    for spin in (0, 500):
+        words = ("--scenario", "poisson", "--rate", 200, "--spin-us", spin, "--samples", "s.parquet", "--data", data)
+        done = plain(tmp_path, Raw().url, *words, seconds=5)
+        assert done.returncode == 0, done.stderr
+        frame = pd.read_parquet(tmp_path / "s.parquet")
+        late_us[spin] = (frame.sent_ns - frame.intended_ns).median() / 1000
+    assert late_us[500] < late_us[0]
+
+
+def test_kernel_stamps_and_the_servers_stages_are_recorded(tmp_path: Path, data: Path) -> None:
+    frame, done = outcomes(tmp_path, Raw(raw.timed).url, data)
+    assert done.returncode == 0, done.stderr
+    stamped = frame[frame.first_byte_ns.notna()]
+    assert len(stamped) > 0.9 * len(frame)
+    assert (stamped.sent_ns < stamped.first_byte_ns).all() and (stamped.first_byte_ns < stamped.received_ns).all()
+    for place, stage in enumerate(STAGES):
+        column = frame[f"server_{stage}_ns"]
+        assert set(column.dropna()) == {place * 10**6 + 1000, place * 10**6 + 2000}
+        assert column.isna().mean() == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_a_server_that_is_away_makes_the_arrivals_late_or_failed_and_none_is_missing(
+    tmp_path: Path, data: Path
+) -> None:
+    server = Raw()
+
+    def go_and_come_back() -> None:
+        wait_for(lambda: server.requests > 300, "three hundred requests")
+        server.stop()
+        time.sleep(2)
+        server.listen()
+
+    threading.Thread(target=go_and_come_back, daemon=True).start()
+    words = ("--scenario", "constant", "--rate", 200, "--samples", "s.parquet", "--data", data)
+    done = plain(tmp_path, server.url, *words, users=8, seconds=12)
+    assert done.returncode == 1
+    frame = pd.read_parquet(tmp_path / "s.parquet")
+    assert (np.abs(np.diff(np.sort(frame.intended_ns)) - 5e6) <= 1).all()
+    assert {"ok", "refused"} <= set(frame.outcome) <= {"ok", "reset", "refused"}
+    ok = frame[frame.outcome == "ok"]
+    assert ((ok.received_ns - ok.intended_ns) > 1e9).sum() > 50  # those that waited for the server to come back
+    assert re.search(r"gaps: connections broke and came back \d+ times, ", done.stderr)
+
+
 # Run mode
 
 
@@ -452,6 +564,60 @@ def test_a_phase_of_two_targets(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["target"] for line in lines] == blocks.target.tolist()
     assert lines[-1]["done_s"] == lines[-1]["total_s"] == pytest.approx(len(blocks) * 0.2)
+
+
+def test_open_loads_have_the_same_arrivals_and_queries_for_every_target(tmp_path: Path, data: Path) -> None:
+    seen: dict[str, list[bytes]] = {"a": [], "b": []}
+
+    def noting(name: str) -> raw.Behaviour:
+        def behave(connection: socket.socket, body: bytes, n: int) -> None:
+            seen[name].append(body)
+            raw.well(connection, body, n)
+
+        return behave
+
+    servers = {name: Raw(noting(name)) for name in seen}
+    words = write_plan(
+        tmp_path, {name: (server.url, []) for name, server in servers.items()}, models=["knn"],
+        loads=["poisson-300", "constant-100", "single", "offline"], block_s=0.5, seconds=1.0, warmup_s=0.0, rows=5,
+        open_connections=6,
+    )  # fmt: skip
+    done = locust(tmp_path, *words, "--data", data)
+    assert done.returncode == 0, done.stderr
+    samples, blocks = measured(tmp_path / "out")
+    assert list(dict.fromkeys(blocks.load)) == ["poisson-300", "constant-100", "single", "offline"]
+    merged = samples.merge(blocks[["block", "start_ns", "end_ns", "drained_ns"]], on="block")
+    merged["offset"] = merged.intended_ns - merged.start_ns
+    assert (merged.offset >= 0).all() and (merged.received_ns <= merged.drained_ns).all()
+    for (load, _), round_ in merged.groupby(["load", "round"], observed=True):
+        if load == "single":
+            continue
+        a, b = (np.sort(round_.offset[round_.target == name]) for name in "ab")
+        assert len(a) == len(b) and (np.abs(a - b) <= 1).all()
+        if load == "poisson-300":
+            assert 100 < len(a) < 200
+        else:
+            assert len(a) == {"constant-100": 50, "offline": 60}[str(load)]
+    assert set(samples.connection[samples.load != "single"]) <= set(range(6))
+    assert (blocks.arrivals > 0).tolist() == blocks.load.isin(["poisson-300", "constant-100"]).tolist()
+    assert (blocks.late_p99_ns[blocks.arrivals > 0] > 0).all() and set(blocks.client_limited) <= {0, 1}
+    assert sorted(seen["a"]) == sorted(seen["b"]) or len(seen["a"]) != len(
+        seen["b"]
+    )  # single sends what it has time for
+
+
+def test_a_cell_goes_on_until_it_has_its_requests(tmp_path: Path, data: Path) -> None:
+    servers = {name: Raw(raw.slow if name == "a" else raw.well) for name in "ab"}
+    words = write_plan(
+        tmp_path, {name: (server.url, []) for name, server in servers.items()},
+        models=["knn"], loads=["closed-4"], block_s=0.2, seconds=0.2, warmup_s=0.0, min_requests=20,
+    )  # fmt: skip
+    done = locust(tmp_path, *words, "--data", data)
+    assert done.returncode == 0, done.stderr
+    samples, blocks = measured(tmp_path / "out")
+    assert samples.groupby("target", observed=True).size().min() >= 20
+    rounds = blocks["round"].max() + 1
+    assert rounds > 2 and rounds % 2 == 0 and len(blocks) == 2 * rounds  # an order and its mirror
 
 
 def test_every_target_gets_the_same_queries(tmp_path: Path, data: Path) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from loadtest import _plan, _samples
 from loadtest._batch import COLUMNS
-from loadtest._samples import FIELDS, OK, BlockWriter, ParquetWriter, Where, table
+from loadtest._samples import OK, BlockWriter, ParquetWriter, Where, table
 
 BLOCK_NS = 1_000_000_000
 LATENCY_US = 200.0
@@ -137,8 +137,9 @@ def _load(
             for place, one in enumerate([*targets, *reversed(targets)]):
                 warm = quad == 0
                 us = draws * factors[one["name"]] * (10 if warm else 1)
-                raw = np.zeros((per_block, FIELDS), dtype=np.int64)
-                raw[:, _samples.SENT] = at + np.arange(per_block) * (BLOCK_NS * 9 // 10 // per_block)
+                raw = _samples.blank(per_block)
+                raw[:, _samples.INTENDED] = at + np.arange(per_block) * (BLOCK_NS * 9 // 10 // per_block)
+                raw[:, _samples.SENT] = raw[:, _samples.INTENDED]
                 raw[:, _samples.FIRST] = raw[:, _samples.ENDED] = raw[:, _samples.SENT] + (us * 1e3).astype(np.int64)
                 raw[:, _samples.STATUS] = 200
                 raw[:, _samples.OUTCOME] = OK

@@ -142,6 +142,44 @@ def test_what_cannot_run_is_refused_before_anything_starts(bad: Plan, words: str
         _plan.validate(bad, HERE)
 
 
+@pytest.mark.parametrize(
+    ("text", "loads"),
+    [
+        ("connections = [1, 4, 16]", ("closed-1", "closed-4", "closed-16")),
+        ("rates = [200, 12.5]", ("poisson-200", "poisson-12.5")),
+        ('connections = [2]\nrates = [200]\narrivals = "constant"', ("closed-2", "constant-200")),
+        ('loads = ["single", "offline", "constant-50"]', ("single", "offline", "constant-50")),
+        ("", Plan().loads),
+    ],
+)
+def test_loads_as_lists(tmp_path: Path, text: str, loads: tuple[str, ...]) -> None:
+    (tmp_path / "p.toml").write_text(text + '\n[[targets]]\nkind = "process"\n')
+    made = _plan.read(tmp_path / "p.toml")
+    assert made.loads == loads
+    _plan.validate(made, HERE)
+    _plan.save(made, tmp_path / "plan.toml")
+    assert _plan.read(tmp_path / "plan.toml") == made
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('loads = ["single"]\nrates = [1]', "loads beside rates"),
+        ('rates = [1]\narrivals = "uniform"', "wanted constant or poisson"),
+        ("connections = 4", "as a list of numbers"),
+        ("rates = [0]", "unknown load 'poisson-0'"),
+        ("connections = [0]", "unknown load 'closed-0'"),
+        ("open_connections = 0", "open_connections is 0"),
+        ("min_requests = -1", "min_requests is -1"),
+        ("client_spin_us = 20000.0", "client_spin_us is 20000"),
+    ],
+)
+def test_loads_that_cannot_be(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "p.toml").write_text(text + '\n[[targets]]\nkind = "process"\n')
+    with pytest.raises(UsageError, match=words):
+        _plan.validate(_plan.read(tmp_path / "p.toml"), HERE)
+
+
 def test_what_can_run_is_not_refused() -> None:
     _plan.validate(plan("process", "b=process", "docker", "uml", "qemu:cpus=1"), HERE)
     _plan.validate(plan("process", "docker:mem_mib=256", allow_difference=True), HERE)

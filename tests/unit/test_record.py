@@ -21,7 +21,7 @@ from loadtest._batch import Live
 from loadtest._parity import Comparison, Facts
 from loadtest._plan import Plan
 from loadtest._record import Record
-from loadtest._samples import FIELDS, BlockWriter, ParquetWriter, Where, table
+from loadtest._samples import BlockWriter, ParquetWriter, Where, table
 from loadtest._summary import summarise
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +68,8 @@ def phase(run: Path, name: str, target: str, blocks: int = 6, rows: int = 100) -
     samples, times = ParquetWriter(run / f"samples-{name}.parquet"), BlockWriter(run / f"blocks-{name}.csv")
     for block in range(blocks):
         start = (block + 1) * 10**9
-        raw = np.zeros((rows, FIELDS), dtype=np.int64)
-        raw[:, _samples.SENT] = start + np.arange(rows) * 1000
+        raw = _samples.blank(rows)
+        raw[:, _samples.INTENDED] = raw[:, _samples.SENT] = start + np.arange(rows) * 1000
         raw[:, _samples.ENDED] = raw[:, _samples.FIRST] = raw[:, _samples.SENT] + 200_000
         where = Where(target, "knn", "closed-1", round=block, block=block, warmup=block == 0)
         samples.add(table(raw, where))

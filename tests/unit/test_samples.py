@@ -14,26 +14,28 @@ import pytest
 from images.errors import IsolatencyError, UsageError
 from loadtest import _samples
 from loadtest._samples import (
-    FIELDS,
     ROW_GROUP,
     BlockWriter,
     CsvWriter,
     ParquetWriter,
     Raw,
     Where,
+    blank,
     is_partial,
     join,
     table,
 )
+from loadtest._timing import STAGES
 
 WHERE = Where("docker", "knn", "closed-16", restart=0, round=3, block=17, worker=2, warmup=True)
 
 
 def raw(n: int, start: int = 0) -> Raw:
     """`n` requests, of which every tenth timed out after one byte and every hundredth was refused."""
-    rows = np.zeros((n, FIELDS), dtype=np.int64)
+    rows = blank(n)
     number = np.arange(start, start + n)
     rows[:, _samples.CONNECTION] = number % 16
+    rows[:, _samples.INTENDED] = 10**15 + number * 1000 - 50
     rows[:, _samples.SENT] = 10**15 + number * 1000
     rows[:, _samples.FIRST] = rows[:, _samples.SENT] + 400
     rows[:, _samples.ENDED] = rows[:, _samples.SENT] + 500
@@ -44,20 +46,27 @@ def raw(n: int, start: int = 0) -> Raw:
     rows[number % 10 == 0, _samples.STATUS] = 0
     rows[number % 100 == 0, _samples.OUTCOME] = _samples.REFUSED
     rows[number % 100 == 0, _samples.FIRST] = 0
+    rows[number % 200 == 0, _samples.SENT] = 0
+    rows[number % 2 == 1, _samples.STAGES_AT :] = 7_000 + np.arange(len(STAGES))
     return rows
 
 
 def check(frame: pd.DataFrame, n: int) -> None:
     number = np.arange(n)
     assert list(frame.columns) == _samples.SCHEMA.names
-    assert (frame.sent_ns == 10**15 + number * 1000).all()
-    assert (frame.intended_ns == frame.sent_ns).all()
+    assert (frame.intended_ns == 10**15 + number * 1000 - 50).all()
+    sent = frame.sent_ns.notna()
+    assert (~sent == (number % 200 == 0)).all()  # what was never sent
+    assert (frame.sent_ns[sent] == (10**15 + number * 1000)[sent]).all()
     ok = frame.outcome == "ok"
     assert (~ok == (number % 10 == 0)).all()
     assert (frame.received_ns[ok] == frame.sent_ns[ok] + 500).all()
     assert frame.received_ns[~ok].isna().all()  # a failure has no time of receipt, and is there all the same
     assert (frame.first_byte_ns.isna() == (number % 100 == 0)).all()
     assert set(frame.outcome) == {"ok", "timeout", "refused"}
+    for place, stage in enumerate(STAGES):  # half of the answers had none
+        assert (frame[f"server_{stage}_ns"].isna() == (number % 2 == 0)).all()
+        assert set(frame[f"server_{stage}_ns"].dropna()) == {7_000 + place}
     first = frame.iloc[1]
     assert (first.target, first.model, first.load) == ("docker", "knn", "closed-16")
     assert (first.restart, first["round"], first.block, first.worker, first.connection) == (0, 3, 17, 2, 1)
@@ -153,7 +162,7 @@ def test_a_full_disk_leaves_files_that_can_be_read(tmp_path: Path, kind: str) ->
     small = tmp_path / "small"
     small.mkdir()
     script = (
-        f'mount -t tmpfs -o size=8m none {small} && {sys.executable} -c "$1" {kind} {small} && cp {small}/* {tmp_path}'
+        f'mount -t tmpfs -o size=24m none {small} && {sys.executable} -c "$1" {kind} {small} && cp {small}/* {tmp_path}'
     )
     argv = [
         "unshare",
@@ -176,7 +185,7 @@ def test_a_full_disk_leaves_files_that_can_be_read(tmp_path: Path, kind: str) ->
     assert len(frame) > 20_000
     check(frame, len(frame))
     lines = (tmp_path / "blocks.csv").read_text()
-    assert lines.endswith("0,3,17,docker,knn,closed-16,1,2,3,True,,4\n")
+    assert lines.endswith("0,3,17,docker,knn,closed-16,1,2,3,True,,4,0,0,0,0,0,0,0,0\n")
 
 
 def test_blocks_are_on_disk_at_once(tmp_path: Path) -> None:
