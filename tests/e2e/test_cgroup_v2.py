@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,6 +33,7 @@ INSIDE = """
 import subprocess, sys, time
 from hostsetup import cgroup, ledger as books
 from hostsetup.removers import cgroup_folders
+from images.errors import TargetError
 
 def ask(place, code, *arguments):
     return subprocess.run(place.argv([sys.executable, "-c", code, *arguments]), capture_output=True, text=True)
@@ -46,6 +48,11 @@ with books.Ledger.open("test", "v2") as ledger:
         process = subprocess.Popen(place.argv(["/bin/busybox", "sleep", "300"]))
         time.sleep(1)
         (place.folders[0] / "below").mkdir()
+        cgroup.shell.write(cgroup.CGROUPS / "cgroup.subtree_control", "-cpuset")  # as systemd may at any time
+        try:
+            place.check("t")
+        except TargetError as error:
+            print("SAID", error)
     print("SAID killed", process.wait(), "left", cgroup_folders(place.folders[0].name))
 dead = books.Ledger.open("test", "dead")
 context = cgroup.placed(dead, "t", (0,), None)
@@ -84,12 +91,16 @@ def test_version_2_gives_cores_and_memory_and_takes_all_back(tmp_path: Path) -> 
     argv = qemu.command("tcg", 2, 1024, console, images.vmlinux, images.initrd, words) + qemu.disks(images.ext4, disk)
     subprocess.run([ISOLATENCY, "sandbox", "--", *map(str, argv)], check=True, timeout=BOUND_S)
     text = console.read_text(errors="replace")
+    text = re.sub("isolatency-[0-9a-f]{8}-t", "isolatency-ID-t", text)
     said = [line.partition("SAID ")[2] for line in text.splitlines() if "SAID " in line]
     assert said == [
         "version 2 True",
         f"folders 1 {64 * 2**20}",
         "cores {1}",
         "fits 0 not -9",
+        "t wants 1 in /sys/fs/cgroup/isolatency-ID-t/cpuset.cpus.effective, found nothing (No such file or directory): "
+        "another program has changed the cgroups of this machine; end it, or let it leave cpuset and memory on, and "
+        "start again",
         "killed -9 left []",
         "clean 1 0 -9 False",
     ], text
