@@ -23,21 +23,24 @@ from hostsetup.kinds import make
 from hostsetup.ledger import Ledger, Owner
 from hostsetup.lifecycle import in_words
 from hostsetup.target import Context, Spec
-from images import shell, store
+from images import own, shell, store
 from images.errors import IsolatencyError, TargetError, UsageError
 
 CHECK_S = 1.0
 
 
 def start(
-    spec: Spec, *, cores: Sequence[int], server_args: Sequence[str], internet: bool, boot_timeout_s: float | None = None
-) -> Owner:
+    spec: Spec, *, cores: Sequence[int], server_args: Sequence[str], internet: bool, model: str = "",
+    boot_timeout_s: float | None = None,
+) -> Owner:  # fmt: skip
     """Start a target under a supervisor of its own and return its ledger entry (notes: url, label) once it answers.
+
+    `model`: FILE.py:CLASS, a user's own that its tree is to hold.
 
     Raises UsageError when the name is taken, TargetError with the target's words when it does not come up.
     """
     order = {"spec": asdict(spec), "cores": list(cores), "server_args": list(server_args), "internet": internet}
-    order |= {"boot_timeout_s": boot_timeout_s}
+    order |= {"boot_timeout_s": boot_timeout_s, "model": model}
     argv = [sys.executable, "-P", "-m", "hostsetup.supervisor", json.dumps(order)]
     environment = {key: value for key, value in os.environ.items() if key != books.MARK}
     process = shell.spawn(argv, env=environment, stdout=subprocess.PIPE)
@@ -127,9 +130,12 @@ def _hold(order: dict[str, Any]) -> None:
     try:
         logs = books.folder() / f"kept-{ledger.id}"
         ledger.folder(logs)
+        images = None if spec.kind == "url" else store.current()
+        if images is not None and order["model"]:
+            images = own.derive(images, own.read(order["model"]), lambda step: None)
         context = Context(
             ledger=ledger,
-            images=None if spec.kind == "url" else store.current(),
+            images=images,
             cores=tuple(order["cores"]),
             server_args=tuple(order["server_args"]),
             logs=logs,

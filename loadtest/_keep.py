@@ -64,13 +64,15 @@ def _able(say: Say) -> Iterator[dict[str, Any]]:
 def up(targets: Sequence[str], models: Sequence[str], internet: bool, say: Say) -> Iterator[str]:
     """Start each target and yield its URL once it answers. Raises what the first that fails raises."""
     plan = Plan(
-        models=tuple(dict.fromkeys(_models.name(word) for word in models)) or MODELS,
         targets=tuple(_plan.parse_target(text) for text in targets),
         allow_difference=True,
+        **(_named(models) if models else {"models": MODELS}),
     )
     here = _run.machine()
-    _plan.validate(plan, here)
+    _plan.validate(plan, here, asked=False)
     args = [*plan.server_args(), "--jobs"]
+    if plan.model_file and not shell.dry_run():
+        own.derive(store.current(), own.read(plan.model_file), say)  # here, where its steps are seen
     with Ledger.open("run", "up") as ledger:
         _run.settle_kvm(plan.specs(), ledger)
     for spec in plan.specs():
@@ -81,7 +83,7 @@ def up(targets: Sequence[str], models: Sequence[str], internet: bool, say: Say) 
                 _run.dry_run_target(spec, context)
             continue
         say(f"starting {spec.name}")
-        notes = supervisor.start(spec, cores=cores, server_args=args, internet=internet).notes
+        notes = supervisor.start(spec, cores=cores, server_args=args, internet=internet, model=plan.model_file).notes
         say(f"{notes['label']} answers after {notes['ready_s']:.1f} s")
         yield str(notes["url"])
 

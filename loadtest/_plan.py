@@ -275,8 +275,9 @@ def _spec(target: Mapping[str, Option]) -> Spec:
     return spec
 
 
-def validate(plan: Plan, machine: Machine) -> None:
+def validate(plan: Plan, machine: Machine, *, asked: bool = True) -> None:
     """Refuse, before anything starts, what cannot be run here. Raises UsageError; the message names the remedy."""
+    _validate_own(plan, asked)
     _validate_values(plan)
     specs = plan.specs()
     names = [spec.name for spec in specs]
@@ -303,7 +304,6 @@ def validate(plan: Plan, machine: Machine) -> None:
 def _validate_values(plan: Plan) -> None:
     if plan.schema != 1:
         raise UsageError(f"the plan has schema {plan.schema}; this version reads schema 1")
-    _validate_own(plan)
     for model in plan.models:
         if model not in (*_models.NAMES, plan.own):
             raise UsageError(f"unknown model {model!r}{_nearest(model, _models.NAMES)}")
@@ -359,7 +359,8 @@ def _validate_values(plan: Plan) -> None:
         raise UsageError("the plan names no model or no load; wanted at least one of each")
 
 
-def _validate_own(plan: Plan) -> None:
+def _validate_own(plan: Plan, asked: bool) -> None:
+    """`asked`: the model is, so it wants rows."""
     if not plan.model_file:
         if plan.data:
             raise UsageError(
@@ -371,6 +372,8 @@ def _validate_own(plan: Plan) -> None:
         raise UsageError(f"{plan.model_file} is called {name!r}, as one of ours is; give it another name")
     if name not in plan.models:
         raise UsageError(f"{plan.model_file} is called {name!r}; wanted that name in models")
+    if not asked:
+        return
     if not plan.data:
         raise UsageError(
             f"the model {name!r} wants rows to be asked: --data ROWS.npz with `rows`, and `labels` if known"

@@ -1,6 +1,7 @@
 """`isolatency run` on models whose times are known, and on a model of the user's own."""
 
 import json
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from images.pins import pins
-from tests.e2e.conftest import ROOT, Command
+from tests.e2e.conftest import ISOLATENCY, ROOT, Command
 
 
 def only_folder(out: Path) -> Path:
@@ -118,3 +119,14 @@ def test_the_example_with_scikit_learn(isolatency: Command, tmp_path: Path) -> N
     numpy = next(wheel.file for wheel in pins().wheels if wheel.file.startswith("numpy-"))
     assert numpy in told["wheels"]  # at the version that the server has
     assert set(pd.read_parquet(folder / "samples.parquet").outcome) == {"ok"}
+
+
+def test_a_target_with_a_model_of_ones_own_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    script = f"url=$({ISOLATENCY} up process --model {tmp_path}/mine.py:Sum) && curl -sf $url/v2/models/sum && {ISOLATENCY} down"
+    done = subprocess.run(
+        [ISOLATENCY, "sandbox", "--", "sh", "-c", script],
+        capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert '"total"' in done.stdout and "stopped process" in done.stdout
