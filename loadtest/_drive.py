@@ -15,6 +15,7 @@ from typing import IO, Any
 import msgspec
 
 from hostsetup.ledger import Ledger
+from hostsetup.lifecycle import in_words
 from images import shell
 from images.errors import IsolatencyError
 from loadtest._batch import Live
@@ -98,7 +99,7 @@ def _watch(
     if code == 1 and _REQUESTS_FAILED.match(last):
         return last.removeprefix("error: ")
     if code:
-        raise IsolatencyError(f"the load ended with exit code {code}: {last} (log: {log})")
+        raise IsolatencyError(f"the load {in_words(code)}: {last} (log: {log})")
     return ""
 
 
