@@ -163,3 +163,15 @@ class CheckExits(Own):
     def check(self, parameters: Any) -> None:
         if parameters:
             raise SystemExit("such parameters")
+
+
+class Several(Model):
+    """Three inputs of different types."""
+
+    name = "several"
+    inputs = (Tensor("x", "FP32", (-1, 2)), Tensor("y", "INT64", (-1,)), Tensor("z", "BOOL", (-1, 3)))
+    outputs = (Tensor("sum", "FP64", (-1,)), Tensor("any", "BOOL", (-1,)))
+
+    def predict(self, batch: Batch) -> Any:
+        x, y, z = (batch.inputs[name] for name in "xyz")
+        return {"sum": x.sum(axis=1, dtype=np.float64) + y, "any": z.any(axis=1)}
