@@ -8,7 +8,7 @@ import requests
 
 from hostsetup.target import Endpoint
 from images.errors import TargetError
-from loadtest import _rows
+from loadtest import _encoding, _rows
 
 INFER_ROWS = 50  # rows per parity request: an emulated guest answers within its time-out
 Outputs = dict[str, np.ndarray[Any, Any]]
@@ -60,7 +60,7 @@ def infer(
         raise TargetError(f"{endpoint.label}: {model} cannot be asked: {error}") from error
     try:
         for start in range(0, len(rows), INFER_ROWS):
-            body = _rows.body(rows[start : start + INFER_ROWS], signature)
+            body = _encoding.encode(rows[start : start + INFER_ROWS], signature.input, signature.datatype, "json").data
             answer = call(http, endpoint, "POST", path, timeout_s=timeout_s, body=body)
             parts.append({output.name: _array(output) for output in msgspec.convert(answer, _Answer).outputs})
         names = set.intersection(*map(set, parts))

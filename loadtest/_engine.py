@@ -472,7 +472,7 @@ class Engine:
             connection.check_in -= 1
             if not connection.check_in:
                 connection.check_in = work.check
-                if not work.checker.right(connection.query, reader.body):
+                if not work.checker.right(connection.query, reader.body, reader.json_size):
                     outcome = WRONG_ANSWER
         connection.broken = 0
         connection.state = IDLE

@@ -28,11 +28,13 @@ class Garbled(Exception):
 
 
 class Head(NamedTuple):
-    """`length` is the body's bytes, or CHUNKED, UNTIL_CLOSE, INTERIM; `close`: the server ends the connection."""
+    """`length` is the body's bytes, or CHUNKED, UNTIL_CLOSE, INTERIM; `close`: the server ends the connection.
+    `json_size`: what Inference-Header-Content-Length says, -1 where it is not there."""
 
     status: int
     length: int
     close: bool
+    json_size: int = -1
 
 
 def without_timing(head: bytes) -> tuple[bytes, bytes]:
@@ -54,7 +56,7 @@ def parse_head(head: bytes) -> Head:
         raise Garbled(f"no HTTP/1.1 status line: {head[:40]!r}")
     status = int(line[2])
     length: int | None = None
-    chunked, connection = False, b""
+    chunked, connection, json_size = False, b"", -1
     at, end = line.end(), len(head) - 2
     while at < end:
         field = _FIELD.match(head, at)
@@ -70,11 +72,15 @@ def parse_head(head: bytes) -> Head:
             if value.lower() != b"chunked" or chunked:
                 raise Garbled(f"a Transfer-Encoding of {value[:40]!r}, which was not asked for")
             chunked = True
+        elif name == b"inference-header-content-length":
+            if not value.isdigit() or len(value) > 18:
+                raise Garbled(f"an Inference-Header-Content-Length of {value[:40]!r}")
+            json_size = int(value)
         elif name == b"connection":
             connection += b"," + value.lower()
     tokens = {token.strip() for token in connection.split(b",")}
     close = b"close" in tokens or (line[1] == b"0" and b"keep-alive" not in tokens)
-    return Head(status, _length(status, length, chunked), close)
+    return Head(status, _length(status, length, chunked), close, json_size)
 
 
 def _length(status: int, length: int | None, chunked: bool) -> int:
@@ -100,10 +106,11 @@ class AnswerReader:
     """Reads one answer after the other from one connection.
 
     After `feed` or `end` returned True, the answer is in `status`, `body`, `close`, `size` (its bytes on the wire,
-    interim answers included) and `timing` (what its field Server-Timing says) until the next `feed`.
+    interim answers included), `timing` (what its field Server-Timing says) and `json_size` (see Head) until the next
+    `feed`.
     """
 
-    __slots__ = ("_at", "_body", "_buffer", "_head", "_left", "body", "close", "size", "status", "timing")
+    __slots__ = ("_at", "_body", "_buffer", "_head", "_left", "body", "close", "json_size", "size", "status", "timing")
 
     def __init__(self) -> None:
         self.status = 0
@@ -111,6 +118,7 @@ class AnswerReader:
         self.close = False
         self.size = 0
         self.timing = b""
+        self.json_size = -1
         self._reset()
 
     def _reset(self) -> None:
@@ -134,7 +142,7 @@ class AnswerReader:
                 fields, self.timing = without_timing(data[:end])
                 head = parse_head(fields)
                 if head.length == len(data) - end:
-                    self.status, _, self.close = head
+                    self.status, _, self.close, self.json_size = head
                     self.body = data[end:]
                     self.size = len(data)
                     return True
@@ -223,7 +231,7 @@ class AnswerReader:
         return self._done(head, bytes(self._body))
 
     def _done(self, head: Head, body: bytes) -> bool:
-        self.status = head.status
+        self.status, self.json_size = head.status, head.json_size
         self.close = head.close or head.length == UNTIL_CLOSE
         self.body = body
         self.size = len(self._buffer)

@@ -13,6 +13,7 @@ from images.errors import UsageError
 from loadtest import _arrivals, _models, _preflight, _rows, _samples, _tally
 from loadtest._arrivals import Schedule
 from loadtest._connection import Connection, Work, resolve
+from loadtest._encoding import ENCODINGS
 from loadtest._engine import Engine, in_thread
 from loadtest._samples import Where
 
@@ -30,6 +31,7 @@ class Options:
     samples: Path | None
     request_timeout_s: float
     spin_ns: int
+    encoding: str
     data: Path
 
 
@@ -47,12 +49,15 @@ def options(host: str | None, parsed: Any) -> Options:
     samples = Path(parsed.samples) if parsed.samples else None
     if samples is not None and samples.suffix not in (".parquet", ".csv"):
         raise UsageError(f"--samples is {parsed.samples!r}; wanted a name that ends in .parquet or .csv")
+    if parsed.encoding not in ENCODINGS:
+        raise UsageError(f"--encoding is {parsed.encoding!r}; wanted {' or '.join(ENCODINGS)}")
     if not 0 <= parsed.spin_us <= 10_000:
         raise UsageError(f"--spin-us is {parsed.spin_us:g}; wanted microseconds, 0 to 10,000")
     return Options(
         host=host.rstrip("/"), load=_load(parsed), model=parsed.model, rows=parsed.rows, check=parsed.check,
         seed=parsed.seed, samples=samples, request_timeout_s=parsed.request_timeout,
-        spin_ns=round(parsed.spin_us * 1000), data=Path(parsed.data) if parsed.data else _models.DATA,
+        spin_ns=round(parsed.spin_us * 1000), encoding=parsed.encoding,
+        data=Path(parsed.data) if parsed.data else _models.DATA,
     )  # fmt: skip
 
 
@@ -78,9 +83,9 @@ class Load:
         self._address = resolve(wanted.host)
         self.load, self._seed, self.spin_ns = wanted.load, wanted.seed, wanted.spin_ns
         rows = _rows.load(wanted.model, wanted.data)
-        signature = _preflight.check(self._address, wanted.model, rows.rows.shape[1])
+        signature = _preflight.check(self._address, wanted.model, rows.rows.shape[1], wanted.encoding)
         offline = wanted.load.scenario == "offline"
-        queries = _rows.prepare(rows, wanted.rows, wanted.seed, signature, all_rows=offline)
+        queries = _rows.prepare(rows, wanted.rows, wanted.seed, signature, encoding=wanted.encoding, all_rows=offline)
         self._work = Work(self._address, queries, wanted.check)
         self._stats = stats
         self._where = Where(self._address.authority, wanted.model, wanted.load.name, worker=worker or 0)

@@ -17,6 +17,7 @@ from hostsetup.target import Option, Spec
 from images import own
 from images.errors import UsageError
 from loadtest import _arrivals, _models, _rows
+from loadtest._encoding import ENCODINGS
 
 PLANS = Path(__file__).resolve().parent.parent / "plans"
 MODELS = ("knn", "dnn", "null")  # where a plan names none
@@ -48,6 +49,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     matters at p50 and at p99.
     `work_iterations` 0: as many as take `work_us` on the first target's cores, counted before the targets are up.
     `model_file`: FILE.py:CLASS, a model of the user's own, whose name stands in `models`; `data`: its rows, as .npz.
+    `encoding`: of the load's tensors, binary or json; parity always asks by JSON.
     `client_spin_us`: so long before each intended start the client is awake.
     """
 
@@ -63,6 +65,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_requests: int = 0
     open_connections: int = 16
     client_spin_us: float = 0.0
+    encoding: str = "binary"
     emulated_seconds: float = 5.0
     warmup_s: float = 2.0
     rows: int = 1
@@ -353,6 +356,8 @@ def _validate_values(plan: Plan) -> None:
     for key in ("check", "min_requests"):
         if getattr(plan, key) < 0:
             raise UsageError(f"{key} is {getattr(plan, key)}; wanted 0 (never) or more")
+    if plan.encoding not in ENCODINGS:
+        raise UsageError(f"encoding is {plan.encoding!r}; wanted {' or '.join(ENCODINGS)}")
     if not 0 <= plan.client_spin_us <= 10_000:
         raise UsageError(f"client_spin_us is {plan.client_spin_us:g}; wanted microseconds, 0 to 10,000")
     if not plan.models or not plan.loads:

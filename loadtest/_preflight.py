@@ -7,12 +7,16 @@ from typing import Any
 from images.errors import TargetError
 from loadtest import _rows
 from loadtest._connection import Address
+from loadtest._encoding import EXTENSION
 
 TIMEOUT_S = 10.0
 
 
-def check(address: Address, model: str, width: int, timeout_s: float = TIMEOUT_S) -> _rows.Signature:
-    """What the server says of `model`. Raises TargetError with one line unless it has it, and for rows of `width`."""
+def check(
+    address: Address, model: str, width: int, encoding: str = "json", timeout_s: float = TIMEOUT_S
+) -> _rows.Signature:
+    """What the server says of `model`. Raises TargetError with one line unless it has it, for rows of `width`, and
+    takes tensors in that encoding."""
     base = f"http://{address.authority}{address.path}"
     status, answer = _get(base, address, f"/v2/models/{model}", timeout_s)
     if status != 200:
@@ -36,6 +40,13 @@ def check(address: Address, model: str, width: int, timeout_s: float = TIMEOUT_S
         raise TargetError(
             f"{model} at {base} takes rows of {found.width} values, the query rows have {width}; see --data"
         )
+    if encoding == "binary":
+        _, server = _get(base, address, "/v2", timeout_s)
+        if not isinstance(server, dict) or EXTENSION not in (server.get("extensions") or ()):
+            raise TargetError(
+                f"the server at {base} does not list the extension {EXTENSION}: ask it by JSON (--encoding json, "
+                'or encoding = "json" in the plan)'
+            )
     return found
 
 

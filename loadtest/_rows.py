@@ -10,20 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from images.errors import UsageError
+from loadtest._encoding import DTYPES, Body, decode, encode
 from loadtest._models import DATA, LIKE_NULL, NAMES
 
 QUERIES = 256  # distinct requests: enough that no cache of the server's holds just one row
-DTYPES: dict[str, type[np.generic]] = {
-    "BOOL": np.bool_, "UINT8": np.uint8, "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64,
-    "INT8": np.int8, "INT16": np.int16, "INT32": np.int32, "INT64": np.int64,
-    "FP16": np.float16, "FP32": np.float32, "FP64": np.float64,
-}  # fmt: skip
 MAX_PREPARED_BYTES = 64 * 1024 * 1024
 JSON_BYTES_PER_VALUE = 11  # "0.12345678," at most, about
 
@@ -95,19 +89,27 @@ def load(model: str, data: Path = DATA) -> Rows:
 
 @dataclass(frozen=True)
 class Queries:
-    """The distinct requests of a run, as JSON bodies, the same for every target, and what each must be answered.
+    """The distinct requests of a run, the same for every target, and what each must be answered.
 
     `expected[i]` are the values of the output `output` for `bodies[i]`; None where the data names no answer.
     """
 
     model: str
     width: int
-    bodies: tuple[bytes, ...]
+    bodies: tuple[Body, ...]
     output: str
     expected: tuple[tuple[float, ...], ...] | None
 
 
-def prepare(rows: Rows, batch: int, seed: int, signature: Signature = SIGNATURE, *, all_rows: bool = False) -> Queries:
+def prepare(
+    rows: Rows,
+    batch: int,
+    seed: int,
+    signature: Signature = SIGNATURE,
+    *,
+    encoding: str = "binary",
+    all_rows: bool = False,
+) -> Queries:
     """Draw `batch` rows per request, seeded, each row as often as any other; fewer requests where batches are large.
 
     `all_rows`: as many requests as it takes to hold every row; where `batch` does not divide them, some rows twice.
@@ -124,34 +126,17 @@ def prepare(rows: Rows, batch: int, seed: int, signature: Signature = SIGNATURE,
         expected = tuple(tuple(rows.labels[pick].ravel().tolist()) for pick in picks)
     elif rows.model in LIKE_NULL:
         expected = ((1,) * batch,) * number
-    bodies = tuple(body(rows.rows[pick], signature) for pick in picks)
+    bodies = tuple(encode(rows.rows[pick], signature.input, signature.datatype, encoding) for pick in picks)
     return Queries(rows.model, width, bodies, signature.output, expected)
 
 
-def body(batch: NDArray[Any], signature: Signature) -> bytes:
-    """A request for these rows, in the model's data type."""
-    values = batch.astype(DTYPES[signature.datatype]).ravel()
-    tensor = {"name": signature.input, "shape": list(batch.shape), "datatype": signature.datatype}
-    data = values.astype(np.float32) if values.dtype == np.float16 else values  # which orjson does not write
-    return orjson.dumps({"inputs": [tensor | {"data": data}]}, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def request(authority: str, path: str, body: bytes) -> bytes:
+def request(authority: str, path: str, body: Body) -> bytes:
     """One POST as it goes over the wire. `authority` is host:port as in the URL."""
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: {authority}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode("ascii") + body
-
-
-class _Output(msgspec.Struct):
-    name: str
-    data: Any
-
-
-class _Answer(msgspec.Struct):
-    outputs: list[_Output]
+    kind = "Content-Type: application/json"
+    if body.json_size >= 0:
+        kind = f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {body.json_size}"
+    head = f"POST {path} HTTP/1.1\r\nHost: {authority}\r\n{kind}\r\nContent-Length: {len(body.data)}\r\n\r\n"
+    return head.encode("ascii") + body.data
 
 
 class Checker:
@@ -162,17 +147,14 @@ class Checker:
         self._output = queries.output
         self._expected: Sequence[tuple[float, ...]] = queries.expected or ()
         self._right: list[bytes | None] = [None] * len(queries.bodies)
-        self._decoder = msgspec.json.Decoder(_Answer)
 
-    def right(self, query: int, body: bytes) -> bool:
-        """Whether `body` is the right answer to request number `query`."""
+    def right(self, query: int, body: bytes, json_size: int = -1) -> bool:
+        """Whether `body` is the right answer to request number `query`; its JSON ends after `json_size` bytes."""
         if body == self._right[query]:
             return True
         try:
-            answer = self._decoder.decode(body)
-            found = next(output.data for output in answer.outputs if output.name == self._output)
-            values = np.asarray(found).ravel().tolist()
-        except (msgspec.DecodeError, StopIteration, ValueError, TypeError):
+            values = decode(Body(body, json_size), self._output)
+        except (ValueError, TypeError):
             return False
         expected = self._expected[query]
         if tuple(values) != expected and not _close(values, expected):

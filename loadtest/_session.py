@@ -60,6 +60,7 @@ class Plan(msgspec.Struct, frozen=True):
     open_connections: int = 16
     min_requests: int = 0
     client_spin_us: float = 0.0
+    encoding: str = "binary"
 
 
 class _Targets(msgspec.Struct, frozen=True):
@@ -118,9 +119,11 @@ class Session:
         for model in dict.fromkeys(plan.models):
             rows = _rows.load(model, Path(plan.data.get(model, data)))
             width, timeout_s = rows.rows.shape[1], max(plan.request_timeout_s, 10.0)
-            found = [_preflight.check(addresses[target.name], model, width, timeout_s) for target in targets]
+            found = [
+                _preflight.check(addresses[target.name], model, width, plan.encoding, timeout_s) for target in targets
+            ]
             for offline in dict.fromkeys(load.scenario == "offline" for load in self._loads):
-                queries = _rows.prepare(rows, plan.rows, plan.seed, found[0], all_rows=offline)
+                queries = _rows.prepare(rows, plan.rows, plan.seed, found[0], encoding=plan.encoding, all_rows=offline)
                 for target in targets:
                     self._work[target.name, model, offline] = Work(addresses[target.name], queries, plan.check)
         self._connections = {

@@ -23,6 +23,7 @@ from locust.runners import MasterRunner, WorkerRunner
 from images.errors import IsolatencyError, UsageError
 from loadtest import _arrivals, _models, _plain, _session, _tally, _workers
 from loadtest._connection import Connection
+from loadtest._encoding import ENCODINGS
 from loadtest._engine import Engine
 from loadtest._pace import Effort
 
@@ -62,6 +63,10 @@ def add_options(parser: Any) -> None:
         "--samples", default="",
         help="Write one row per request, with times in nanoseconds, to this .parquet or .csv file, anew for each test "
         "(with --processes: FILE-0.parquet and so on). Locust's own terminal tables round to whole milliseconds.",
+    )  # fmt: skip
+    add(
+        "--encoding", default="binary", choices=ENCODINGS,
+        help="Tensors as bytes (the protocol's binary extension), or as JSON numbers, which cost the server more.",
     )  # fmt: skip
     add("--request-timeout", type=float, default=10.0, help="Seconds after which a request without answer has failed.")
     add(

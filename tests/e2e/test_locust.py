@@ -89,17 +89,24 @@ def data(tmp_path: Path) -> Path:
 # Plain Locust, the project's own server
 
 
-@pytest.mark.parametrize(("model", "rows"), [("knn", 1), ("knn", 32), ("dnn", 1), ("null", 5)])
-def test_plain_locust_as_the_readme_calls_it(tmp_path: Path, server: str, model: str, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("model", "rows", "encoding"),
+    [("knn", 1, "binary"), ("knn", 32, "binary"), ("dnn", 1, "json"), ("dnn", 5, "binary"), ("null", 5, "json")],
+)
+def test_plain_locust_as_the_readme_calls_it(tmp_path: Path, server: str, model: str, rows: int, encoding: str) -> None:
     done = plain(
-        tmp_path, server, "--model", model, "--rows", rows, "--check", 1, "--csv", "st", "--samples", "s.parquet"
-    )
+        tmp_path, server, "--model", model, "--rows", rows, "--check", 1, "--csv", "st", "--samples", "s.parquet",
+        "--encoding", encoding,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     frame = pd.read_parquet(tmp_path / "s.parquet")
     assert len(frame) > 20
     assert set(frame.outcome) == {"ok"} and set(frame.status) == {200}
     assert set(frame.model) == {model} and set(frame.connection) == {0, 1, 2, 3}
-    assert (frame.sent_ns <= frame.first_byte_ns).all() and (frame.first_byte_ns <= frame.received_ns).all()
+    stamped = frame[frame.first_byte_ns.notna()]
+    assert len(stamped) > 0.9 * len(frame)  # by the kernel
+    assert (stamped.sent_ns <= stamped.first_byte_ns).all() and (stamped.first_byte_ns <= stamped.received_ns).all()
+    assert (frame.server_total_ns < frame.received_ns - frame.sent_ns).all()  # the server says what it took
     for _, own in frame.groupby("connection"):  # one request at a time on each connection
         assert (own.sent_ns.to_numpy()[1:] >= own.received_ns.to_numpy()[:-1]).all()
     stats = pd.read_csv(tmp_path / "st_stats.csv")
@@ -269,7 +276,7 @@ def test_failures_are_counted_by_kind(
 
 
 def test_large_requests_go_out_in_parts(tmp_path: Path, data: Path) -> None:
-    frame, done = outcomes(tmp_path, Raw().url, data, "--rows", 20_000, users=2)
+    frame, done = outcomes(tmp_path, Raw().url, data, "--rows", 20_000, "--encoding", "json", users=2)
     assert done.returncode == 0, done.stderr
     assert set(frame.outcome) == {"ok"} and len(frame) >= 2 and frame.bytes_out.min() > 5_000_000
 
@@ -297,7 +304,7 @@ def test_an_answer_that_comes_before_the_request_is_sent(tmp_path: Path, data: P
 
         threading.Thread(target=too_large, daemon=True).start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        frame, done = outcomes(tmp_path, url, data, "--rows", 20_000, users=1)
+        frame, done = outcomes(tmp_path, url, data, "--rows", 20_000, "--encoding", "json", users=1)
     assert done.returncode == 1
     assert set(frame.outcome) <= {"wrong_status", "reset"} and set(frame.status) <= {413, 0}
     assert 413 in set(frame.status) and (frame.bytes_out < 5_000_000).all()

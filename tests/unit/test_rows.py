@@ -9,6 +9,7 @@ import pytest
 
 from images.errors import UsageError
 from loadtest import _models
+from loadtest._encoding import Body
 from loadtest._rows import Checker, Rows, Signature, load, prepare, request, signature
 
 
@@ -17,17 +18,24 @@ def rows(n: int = 100, width: int = 5, model: str = "knn") -> Rows:
     return Rows(model, values, np.arange(n))
 
 
-def sent(body: bytes) -> np.ndarray:
-    tensor = json.loads(body)["inputs"][0]
+def sent(body: Body) -> np.ndarray:
+    if body.json_size < 0:
+        tensor = json.loads(body.data)["inputs"][0]
+        values = np.asarray(tensor["data"], dtype=np.float32)
+    else:
+        tensor = json.loads(body.data[: body.json_size])["inputs"][0]
+        values = np.frombuffer(body.data[body.json_size :], "<f4")
+        assert tensor["parameters"] == {"binary_data_size": values.nbytes}
     assert (tensor["name"], tensor["datatype"]) == ("x", "FP32")
-    return np.asarray(tensor["data"], dtype=np.float32).reshape(tensor["shape"])
+    return values.reshape(tensor["shape"])
 
 
+@pytest.mark.parametrize("encoding", ["binary", "json"])
 @pytest.mark.parametrize("batch", [1, 7, 150])
-def test_queries_hold_the_rows_exactly_and_their_labels(batch: int) -> None:
+def test_queries_hold_the_rows_exactly_and_their_labels(batch: int, encoding: str) -> None:
     data = rows()
     assert data.labels is not None
-    made = prepare(data, batch, seed=1)
+    made = prepare(data, batch, seed=1, encoding=encoding)
     assert len(made.bodies) == 256 and len(set(made.bodies)) > 90 and made.width == 5
     assert made.expected is not None and made.output == "label"
     counts = np.zeros(100, dtype=int)
@@ -44,7 +52,7 @@ def test_queries_are_drawn_by_the_seed() -> None:
 
 def test_large_batches_are_fewer() -> None:
     made = prepare(rows(width=784), 2000, 1)
-    assert 1 <= len(made.bodies) < 10 and sum(map(len, made.bodies)) < 100e6
+    assert 1 <= len(made.bodies) < 10 and sum(len(body.data) for body in made.bodies) < 100e6
 
 
 def test_the_null_model_answers_1_for_each_row() -> None:
@@ -80,7 +88,7 @@ def test_answers_are_compared() -> None:
 
 
 def test_a_request_as_it_goes_over_the_wire() -> None:
-    assert request("10.0.0.1:8080", "/v2/models/knn/infer", b"{}") == (
+    assert request("10.0.0.1:8080", "/v2/models/knn/infer", Body(b"{}")) == (
         b"POST /v2/models/knn/infer HTTP/1.1\r\nHost: 10.0.0.1:8080\r\n"
         b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
     )
@@ -138,8 +146,8 @@ def test_a_signature_is_what_the_metadata_say() -> None:
 @pytest.mark.parametrize("datatype", ["FP16", "FP32", "FP64", "INT64", "UINT8"])
 def test_requests_are_in_the_models_own_type(datatype: str) -> None:
     whole = Rows("mine", np.arange(12.0).reshape(4, 3), np.arange(4))
-    made = prepare(whole, 2, 1, Signature("q", datatype, 3, "y"))
-    tensor = json.loads(made.bodies[0])["inputs"][0]
+    made = prepare(whole, 2, 1, Signature("q", datatype, 3, "y"), encoding="json")
+    tensor = json.loads(made.bodies[0].data)["inputs"][0]
     assert (tensor["name"], tensor["datatype"], tensor["shape"]) == ("q", datatype, [2, 3])
     kind = float if datatype.startswith("FP") else int
     assert all(type(value) is kind for value in tensor["data"])
@@ -163,3 +171,9 @@ def test_rows_keep_the_precision_that_they_have(tmp_path: Path) -> None:
     np.savez(tmp_path / "mine.npz", rows=np.full((3, 4), 0.1), labels=np.full((3, 2), 0.5))
     found = load("mine", tmp_path)
     assert found.rows[0, 0] == 0.1 and found.labels is not None and found.labels.dtype == np.float64
+
+
+def test_offline_holds_every_row() -> None:
+    made = prepare(rows(), 7, 1, all_rows=True)
+    assert len(made.bodies) == 15 and made.expected is not None
+    assert {label for labels in made.expected for label in labels} == set(range(100))
