@@ -184,21 +184,30 @@ margin_option = click.option(
     "--until-ci", metavar="2%", callback=lambda _c, _p, text: _share(text),
     help="More starts, 10 to 50, until the intervals of p50 in the primary cells are no wider than ± this.",
 )  # fmt: skip
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with this interrupted run.")
 @margin_option
 @fail_if_option
 @_dry_run
-def run(plan: Path | None, quick: bool, targets: Sequence[str], out: Path, gates: Sequence[str], **flags: Any) -> None:
+def run(
+    plan: Path | None, quick: bool, targets: Sequence[str], out: Path, gates: Sequence[str], resume: Path | None,
+    **flags: Any,
+) -> None:  # fmt: skip
     """Run a plan: start targets, compare them, load them in turn, run the batch jobs, report."""
     from loadtest import _compare, _gate, _keep, _plan, _report, _run
 
     wanted = [_gate.parse(text) for text in gates]
-
+    command = ["isolatency", *sys.argv[1:]]
     if plan is not None and quick:
         raise click.UsageError("--quick is a plan of its own; give it or PLAN.toml")
-    chosen = _keep.choose(_plan.read(plan, quick=quick), targets, flags, _step)
-    command = ["isolatency", *sys.argv[1:]]
-    with _Display() as show:
-        path, code = _run.run(chosen, out, command=command, show=_run.Show(_say, show.step, show.progress))
+    if resume is not None and (plan or quick or targets or any(flags.values())):
+        raise click.UsageError("--resume goes on with the plan that is in DIR; give no other plan, target or setting")
+    with _Display() as display:
+        show = _run.Show(_say, display.step, display.progress)
+        if resume is not None:
+            path, code = _run.resume(resume.resolve(), command=command, show=show)
+        else:
+            chosen = _keep.choose(_plan.read(plan, quick=quick), targets, flags, _step)
+            path, code = _run.run(chosen, out, command=command, show=show)
     if path is not None:
         if (path / "summary.json").exists():
             summary = _report.summarise(path)

@@ -70,7 +70,8 @@ class Target(msgspec.Struct, frozen=True):
 class Requests(NamedTuple):
     """The requests of one target × model × load. `rows` has one row per request that is not warm-up: restart, block,
     us (from the intended start to the last byte, +inf if it failed), in_time (answered before its block's end), settled
-    (sent when its block's first moments were over)."""
+    (sent when its block's first moments were over), kernel_us (from the intended start to the kernel's stamp of the
+    answer's first byte, +inf if it failed, NaN where there is no stamp; the column is missing in an older folder)."""
 
     rows: pd.DataFrame
     failed: dict[str, int]
@@ -96,7 +97,7 @@ def read(run: Path) -> Folder:
     """Raises UsageError for a folder that is no run folder, is of another schema, or is damaged."""
     folder = _head(run)
     columns = list(dict.fromkeys((*_samples.BLOCK_COLUMNS, *LATER)))
-    blocks = [_table(path, columns, folder.gaps) for path in _parts(run, "blocks", ".csv")]
+    blocks = [_table(path, columns, folder.gaps) for path in parts(run, "blocks", ".csv")]
     if blocks:
         # A join that was killed leaves the parts beside the whole.
         folder.blocks = pd.concat(blocks).drop_duplicates(["restart", "block", "target"])
@@ -142,7 +143,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _parts(run: Path, stem: str, ending: str) -> list[Path]:
+def parts(run: Path, stem: str, ending: str) -> list[Path]:
+    """The whole file, where there is one, and the parts of it that were never joined."""
     whole = run / f"{stem}{ending}"
     return [*([whole] if whole.exists() else []), *sorted(run.glob(f"{stem}-*{ending}"))]
 
@@ -187,7 +189,7 @@ def _sources(folder: Folder, *, quiet: bool = False) -> list[pq.ParquetFile]:
     """samples.parquet, else those of its parts that can be read; what is wrong with them is noted unless `quiet`."""
     gaps: list[str] = [] if quiet else folder.gaps
     found: list[pq.ParquetFile] = []
-    for path in _parts(folder.path, "samples", ".parquet"):
+    for path in parts(folder.path, "samples", ".parquet"):
         try:
             file = pq.ParquetFile(path)
             if _samples.is_partial(path):
@@ -216,7 +218,8 @@ def _requests(folder: Folder) -> dict[Key, Requests]:
     stray = 0
     for source in _sources(folder):
         try:
-            for batch in source.iter_batches(batch_size=ROWS, columns=_COLUMNS):
+            stamped = "server_total_ns" in source.schema_arrow.names  # else first_byte_ns is not the kernel's
+            for batch in source.iter_batches(batch_size=ROWS, columns=[*_COLUMNS, *["first_byte_ns"] * stamped]):
                 for key, part in batch.to_pandas().groupby(["target", "model", "load"], observed=True):
                     cell: Key = key
                     kept = part[~part["warmup"]]
@@ -243,6 +246,11 @@ def _timed(kept: pd.DataFrame, ends: pd.DataFrame | None, settle_ns: int) -> tup
     good = (kept["outcome"] == "ok").to_numpy()
     received = kept["received_ns"].to_numpy(dtype=float)
     us = np.where(good, (received - kept["intended_ns"].to_numpy()) / 1e3, np.inf)
+    kernel: dict[str, Any] = {}
+    if "first_byte_ns" in kept:
+        stamp = kept["first_byte_ns"].to_numpy(dtype=float)
+        since = np.where(good, (stamp - kept["intended_ns"].to_numpy()) / 1e3, np.inf)
+        kernel["kernel_us"] = since.astype(np.float32)
     rows = pd.DataFrame(
         {
             "restart": kept["restart"].to_numpy(dtype=np.int16),
@@ -251,6 +259,7 @@ def _timed(kept: pd.DataFrame, ends: pd.DataFrame | None, settle_ns: int) -> tup
             "in_time": good & (received <= kept["end_ns"].to_numpy()),
             "settled": (kept["intended_ns"] >= kept["start_ns"] + settle_ns).to_numpy(),
         }
+        | kernel
     )
     return rows, Counter(kept.loc[~good, "outcome"].astype(str).tolist())
 

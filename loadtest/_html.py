@@ -98,6 +98,7 @@ def _measured(
         margin = summary.margins["p50"]
         pictures = _each(compared, lambda c: c.model, lambda cells: _plots.forest(cells, labels, base, margin))
         grids = [_tables.ratios(f"Serving, over {base}, with 95 % intervals", native), _tables.could_be(base, native)]
+        grids += _tables.stamped(base, native)
         if summary.direct and summary.direct.cells:
             grids.append(_tables.direct(summary.direct))
         found.append(Section(f"Ratios over {base}", pictures=pictures, folded=grids))

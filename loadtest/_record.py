@@ -59,6 +59,12 @@ class Record:
         _plan.save(plan, path / "plan.toml")
         self.save()
 
+    def go_on(self, targets: list[dict[str, Any]], starts: int) -> None:
+        """Keep what an interrupted run noted of its targets."""
+        self._targets = targets
+        self.caveats.append(f"resumed: the first {starts} starts were measured before, by another call")
+        self.save()
+
     def error(self, error: IsolatencyError, *, partial: bool = True) -> None:
         """Note and say an error; `partial` says that something was not measured because of it.
 

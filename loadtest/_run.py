@@ -24,7 +24,7 @@ from hostsetup.locks import run_lock
 from hostsetup.target import Context, Spec
 from images import own, shell, store
 from images.errors import IsolatencyError, NotComparableError
-from loadtest import _batch, _calibrate, _parity, _report
+from loadtest import _batch, _calibrate, _parity, _report, _resume
 from loadtest._batch import Live
 from loadtest._drive import drive
 from loadtest._plan import Machine, Plan, validate
@@ -105,8 +105,19 @@ def about(seconds: float) -> str:
     return f"about {seconds / 60:.0f} minutes"
 
 
-def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[Path | None, int]:
+def resume(folder: Path, *, command: Sequence[str], show: Show) -> tuple[Path | None, int]:
+    """Go on with an interrupted run at the start in which it was interrupted. Raises IsolatencyError as `run` does."""
+    with nullcontext() if shell.dry_run() else run_lock():
+        before = _resume.take_back(folder)
+    return run(before.plan, folder, command=command, show=show, before=before)
+
+
+def run(
+    plan: Plan, out: Path, *, command: Sequence[str], show: Show, before: _resume.Before | None = None
+) -> tuple[Path | None, int]:
     """Run the plan and return the run folder and the exit code; what was measured is kept in every case.
+
+    `before`: what the run folder `out` holds already; else a new one is made in `out`.
 
     Raises IsolatencyError only before anything was started. A dry run prints what it would do, and has no folder.
     """
@@ -123,6 +134,8 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
     ):
         cores, client, shared = split_cores(here.cores, max((spec.cpus for spec in targets), default=1))
         todo = phases(plan, settle_kvm(targets, ledger))
+        if before:
+            todo = [phase for phase in todo if not before.has(phase.specs[0].name, phase.emulated, phase.restart)]
         for phase in todo:
             _check_memory(phase, here)
         named = f"{len(plan.targets)} target{'s' * (len(plan.targets) > 1)}"
@@ -139,7 +152,11 @@ def run(plan: Plan, out: Path, *, command: Sequence[str], show: Show) -> tuple[P
         if dry:
             _dry_run(todo, context)
             return None, 0
-        record = _begin(out, lambda path: Record(path, plan, command, cores, client, images, show.say))
+        if before:
+            record = Record(out, plan, command, cores, client, images, show.say)
+            record.go_on(before.targets, before.starts)
+        else:
+            record = _begin(out, lambda path: Record(path, plan, command, cores, client, images, show.say))
         record.caveats += [shared] * bool(shared)
         with on_cores(client):
             return record.path, _run_phases(plan, todo, replace(context, logs=record.path / "logs"), record, show)
@@ -232,7 +249,7 @@ def _finish(record: Record) -> int:
         record.close()
         if record.measured():
             _report.write(record.path)
-            _point_latest(record.path)
+            _point_latest(record.path.resolve())
     except IsolatencyError as error:
         record.error(error)
     except OSError as error:

@@ -53,9 +53,13 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 class Ratios(msgspec.Struct, frozen=True):
+    """`…_kernel`: of times to the kernel's stamp of the answer, without the client's own share; null without stamps."""
+
     p50: Ratio
     p99: Ratio
     throughput: Ratio
+    p50_kernel: Ratio | None = None
+    p99_kernel: Ratio | None = None
 
 
 class Lateness(msgspec.Struct, frozen=True):

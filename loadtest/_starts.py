@@ -15,6 +15,8 @@ from loadtest._folder import Requests
 from loadtest._schema import Ratio, Ratios, Span
 
 QUANTILES = {"p50": 0.5, "p99": 0.99}
+KERNEL = {f"{name}_kernel": q for name, q in QUANTILES.items()}  # by the kernel's stamps
+EVERY = QUANTILES | KERNEL
 TOO_FEW = f"fewer than {_stats.MIN_PAIRS} quads"
 
 
@@ -29,23 +31,26 @@ def block_logs(found: Requests, blocks: pd.DataFrame) -> pd.DataFrame:
     """Per (restart, round) of one cell: its block's log p50 and log p99, of the requests after the first moments that
     follow a switch; how many answers came in time; seconds; and when it began.
 
-    NaN where the block has too few requests for the quantile, +inf where failures reach it.
+    NaN where the block has too few requests for the quantile, or the kernel stamped them not all; +inf where failures
+    reach it.
     """
     rows = found.rows
     counts = rows.groupby(["restart", "block"])["us"].size().to_dict()
-    settled = {key: group.to_numpy() for key, group in rows[rows["settled"]].groupby(["restart", "block"])["us"]}
+    settled = dict(iter(rows[rows["settled"]].groupby(["restart", "block"])))
     in_time = rows.groupby(["restart", "block"])["in_time"].sum().to_dict()
     out = []
     for block in blocks[["restart", "round", "block", "start_ns", "end_ns"]].to_dict("records"):
         key = (block["restart"], block["block"])
-        us = settled.get(key, np.empty(0))
+        of_block = settled.get(key)
         row = {"restart": block["restart"], "round": block["round"], "start_ns": block["start_ns"]}
-        for name, q in QUANTILES.items():
-            enough = len(us) > 0 and counts[key] >= _stats.MIN_BLOCK[q]
-            row[name] = math.log(_stats.quantiles(us, [q])[0]) if enough else math.nan
+        for names, column in ((QUANTILES, "us"), (KERNEL, "kernel_us")):
+            us = np.array(of_block[column], dtype=float) if of_block is not None and column in of_block else np.empty(0)
+            for name, q in names.items():
+                enough = len(us) > 0 and counts[key] >= _stats.MIN_BLOCK[q] and not np.isnan(us).any()
+                row[name] = math.log(_stats.quantiles(us, [q])[0]) if enough else math.nan
         seconds = (block["end_ns"] - block["start_ns"]) / 1e9
         out.append(row | {"answers": in_time.get(key, 0), "seconds": seconds})
-    frame = pd.DataFrame(out, columns=["restart", "round", *QUANTILES, "answers", "seconds", "start_ns"])
+    frame = pd.DataFrame(out, columns=["restart", "round", *EVERY, "answers", "seconds", "start_ns"])
     return frame.set_index(["restart", "round"]).sort_index()
 
 
@@ -110,7 +115,9 @@ def ratios(ours: pd.DataFrame, base: pd.DataFrame | None) -> Ratios:
         none = Ratio(None, reason="the baseline has no such requests")
         return Ratios(none, none, none)
     both = _quads(ours).join(_quads(base).add_suffix("_base"), how="inner")
-    return Ratios(_of_quantile(both, "p50"), _of_quantile(both, "p99"), _of_throughput(both))
+    kernel = [_of_quantile(both, name) for name in KERNEL]
+    stamped = kernel if kernel[0].estimate is not None else [None, None]
+    return Ratios(_of_quantile(both, "p50"), _of_quantile(both, "p99"), _of_throughput(both), *stamped)
 
 
 def unsteady(ours: pd.DataFrame, base: pd.DataFrame, name: str, margin: float) -> str | None:
@@ -140,7 +147,7 @@ def _quads(logs: pd.DataFrame) -> pd.DataFrame:
     quad = pd.Index(logs.index.get_level_values("round") // 2, name="quad")
     groups = logs.groupby([logs.index.get_level_values("restart"), quad])
     found = groups.agg(
-        {name: lambda values: float(np.mean(values.to_numpy())) for name in QUANTILES}
+        {name: lambda values: float(np.mean(values.to_numpy())) for name in EVERY}
         | {"answers": "sum", "seconds": "sum"}
     )
     return found[groups.size() == 2]
@@ -156,7 +163,7 @@ def _of_quantile(both: pd.DataFrame, name: str) -> Ratio:
     if not len(both):
         return Ratio(None, reason="no quad that both went through")
     if ours.isna().any() or base.isna().any():
-        return Ratio(None, reason=f"a block holds fewer than {_stats.MIN_BLOCK[QUANTILES[name]]} requests")
+        return Ratio(None, reason=f"a block holds fewer than {_stats.MIN_BLOCK[EVERY[name]]} requests")
     with np.errstate(invalid="ignore"):
         units = _units(ours - base)
     if not np.isfinite(units.starts).all() or np.isnan(units.quads).any():

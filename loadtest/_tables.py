@@ -34,6 +34,7 @@ def grids(summary: Summary) -> list[Grid]:
     if any(cell.ratio for cell in native):
         found.append(ratios(f"Serving, over {summary.baseline}, with 95 % intervals", native))
         found.append(could_be(str(summary.baseline), native))
+        found += stamped(str(summary.baseline), native)
     if any(row.ratio for row in batch):
         found.append(job_ratios(f"Batch jobs, over {summary.baseline}, with 95 % intervals", batch))
     if summary.direct and summary.direct.cells:
@@ -112,6 +113,18 @@ def could_be(base: str, cells: Sequence[Cell]) -> Grid:
     ]
     title = f"How large a difference to {base} could still be, at 95 %"
     return Grid(title, ("model, load", "target", "p50", "p99", "req/s"), rows, ["each: no more than"])
+
+
+def stamped(base: str, cells: Sequence[Cell]) -> list[Grid]:
+    """The same by the kernel's stamps, beside what the client saw; none where there are none."""
+    rows = [
+        (f"{cell.model}, {cell.load}", cell.label, *map(_ratio, (both.p50, both.p50_kernel, both.p99, both.p99_kernel)))
+        for cell in cells
+        if (both := cell.ratio) and both.p50_kernel
+    ]
+    columns = ("model, load", "target", "p50 ×", "by stamps", "p99 ×", "by stamps")
+    notes = ["by stamps: to the kernel's receipt of the answer's first byte, without what the client itself takes"]
+    return [Grid(f"Serving, over {base}, by the kernel's stamps", columns, rows, notes)] if rows else []
 
 
 def starts(summary: Summary) -> Grid:

@@ -137,3 +137,22 @@ def test_a_line_that_fails_says_by_how_much(tmp_path: Path) -> None:
 def test_one_model_makes_no_line(tmp_path: Path) -> None:
     with_stages(make(tmp_path, [target("a"), target("b")], models=("knn", "dnn")), SERVER)
     assert summarise(tmp_path).prices == []
+
+
+def test_by_the_kernels_stamps_the_clients_share_is_in_no_ratio(tmp_path: Path) -> None:
+    """The client takes 30 µs of each answer: 200 and 250 µs look like 230 and 280 to it."""
+    make(tmp_path, [target("a"), target("b")], factors={"b": 1.25}, restarts=3, rounds=3, per_block=600)
+    assert summarise(tmp_path).cells[1].ratio.p50_kernel is None  # type: ignore[union-attr]
+    with_stages(tmp_path, SERVER, kernel_us=0.0)
+    samples = pd.read_parquet(tmp_path / "samples.parquet")
+    samples["received_ns"] += 30_000
+    pq.write_table(pa.Table.from_pandas(samples, preserve_index=False), tmp_path / "samples.parquet")
+    ratio = summarise(tmp_path).cells[1].ratio
+    assert ratio is not None and ratio.p50_kernel is not None and ratio.p99_kernel is not None
+    assert ratio.p50_kernel.estimate == pytest.approx(1.25, rel=1e-3) and ratio.p99_kernel.estimate == pytest.approx(
+        1.25, rel=1e-3
+    )
+    assert ratio.p50.estimate == pytest.approx(280 / 230, rel=0.01)
+    samples.loc[samples.index[-5], "first_byte_ns"] = pd.NA
+    pq.write_table(pa.Table.from_pandas(samples, preserve_index=False), tmp_path / "samples.parquet")
+    assert summarise(tmp_path).cells[1].ratio.p50_kernel is None  # type: ignore[union-attr]
