@@ -140,7 +140,7 @@ def _load(
                 raw = _samples.blank(per_block)
                 raw[:, _samples.INTENDED] = at + np.arange(per_block) * (BLOCK_NS * 9 // 10 // per_block)
                 raw[:, _samples.SENT] = raw[:, _samples.INTENDED]
-                raw[:, _samples.FIRST] = raw[:, _samples.ENDED] = raw[:, _samples.SENT] + (us * 1e3).astype(np.int64)
+                raw[:, _samples.ENDED] = raw[:, _samples.SENT] + (us * 1e3).astype(np.int64)
                 raw[:, _samples.STATUS] = 200
                 raw[:, _samples.OUTCOME] = OK
                 if not warm:
