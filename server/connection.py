@@ -11,6 +11,7 @@ from server.limits import Limits
 from server.metrics import Exposition
 
 SWEEP_S = 0.1
+REASON = 300
 LINGER_S = 2.0  # how long a refused body is drained, so that its sender sees the answer and no reset
 
 
@@ -142,7 +143,8 @@ class Connection(web.RequestHandler):
         self.whole()
         if request.writer.output_size > 0:
             raise ConnectionError("the connection broke in the middle of an answer")
-        refused: Answer = refusal(status, f"the request could not be read: {message or exc or 'no reason was given'}")
+        reason = str(message or exc or "no reason was given")  # it has what was sent, however long
+        refused: Answer = refusal(status, f"the request could not be read: {reason[:REASON]}")
         refused.force_close()
         self._book.metrics.errors[status] += 1
         return refused

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gzip
 import json
 import re
@@ -47,6 +48,7 @@ def errors(running: Running) -> dict[int, float]:
     return {int(status): float(n) for status, n in re.findall(r'isolatency_errors_total\{status="(\d+)"\} (\S+)', text)}
 
 
+@functools.cache
 def zeros_mib(count: int, coding: str) -> bytes:
     packer = zlib.compressobj(9, wbits={"gzip": 31, "deflate": 15, "bare deflate": -15}[coding])
     return b"".join([*(packer.compress(bytes(MIB)) for _ in range(count)), packer.flush()])
