@@ -14,12 +14,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import tomli_w
 from scipy import stats
 
@@ -69,11 +73,16 @@ EXPERIMENTS = {
     "spin-200-210": Experiment(10, 4.0, 0.25, own="spin_us=210", spin_us=200.0),
 }
 WARMUP_ROUNDS = 2
+STALLS = {"stall-1": 1, "stall-32": 32}  # connections
+STALL_S, EVERY_S, RATE, STALLING_S = 0.12, 0.9, 350, 30
 
 
 def measure(out: Path, names: Sequence[str], most: int) -> None:
     """Runs of at most `most` starts each, until every experiment has its own number."""
     for name in names:
+        if name in STALLS:
+            stall(out, name)
+            continue
         wanted = EXPERIMENTS[name]
         while (left := wanted.starts - sum(len(found) for found in _folders(out, name).values())) > 0:
             count = min(left, most)
@@ -101,6 +110,59 @@ def _run(out: Path, name: str, wanted: Experiment, starts: int, seed: int) -> No
     done = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120 + 60 * starts)
     if done.returncode or len(set(_runs(folder)) - before) != 1:
         raise SystemExit(f"{name}: the run ended with {done.returncode}: {done.stderr[-2000:]}")
+
+
+def stall(out: Path, name: str) -> None:
+    """Plain Locust, open arrivals, on the real server, which is stopped by a signal for 120 ms every 0.9 s."""
+    folder = out / name
+    if (folder / "st_stats.csv").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    port, users = 18090, STALLS[name]
+    cores = sorted(os.sched_getaffinity(0))
+    server = subprocess.Popen(
+        ["taskset", "-c", str(cores[-1]), sys.executable, "-m", "server", "--model", "null", "--port", str(port)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    over = threading.Event()
+    try:
+        _wait(f"http://127.0.0.1:{port}/v2/health/ready")
+        threading.Thread(target=_stop_and_go, args=(server.pid, over), daemon=True).start()
+        argv = [
+            "taskset", "-c", str(cores[0]), ISOLATENCY.with_name("locust"), "-f", ROOT / "loadtest", "--headless",
+            "-u", str(users), "-r", str(users), "-t", f"{STALLING_S}s", "--host", f"http://127.0.0.1:{port}",
+            "--model", "null", "--scenario", "constant", "--rate", str(RATE),
+            "--samples", folder / "s.parquet", "--csv", folder / "st",
+        ]  # fmt: skip
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=10 * STALLING_S, cwd=folder)
+        if done.returncode:
+            raise SystemExit(f"{name}: Locust ended with {done.returncode}: {done.stderr[-2000:]}")
+    finally:
+        over.set()
+        os.killpg(server.pid, signal.SIGCONT)
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+
+
+def _stop_and_go(group: int, over: threading.Event) -> None:
+    begin = time.monotonic()
+    for number in range(10 * STALLING_S):
+        at = begin + number * EVERY_S
+        if over.wait(max(0.0, at - time.monotonic())):
+            return
+        os.killpg(group, signal.SIGSTOP)
+        time.sleep(max(0.0, at + STALL_S - time.monotonic()))
+        os.killpg(group, signal.SIGCONT)
+
+
+def _wait(url: str) -> None:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit(f"{url} did not answer within 30 s")
 
 
 def _sizes(out: Path) -> dict[str, str]:
@@ -221,8 +283,7 @@ def table(out: Path) -> list[Row]:
                 rows.append(Row(f"{label}, {quantile}", "5 % called different", f"{len(values)} starts only", None))
                 continue
             rows += _alike(f"{label}, {quantile}", values)
-    rows += _effects(out)
-    return rows
+    return rows + _effects(out) + stalls(out)
 
 
 def _alike(label: str, values: _stats.Floats) -> list[Row]:
@@ -271,6 +332,30 @@ def _effects(out: Path) -> list[Row]:
     return [*rows, Row(label, wanted, said, found.low <= 10 <= found.high and half <= 3)]
 
 
+def stalls(out: Path) -> list[Row]:
+    """A request that comes t after a stall's begin waits for its end, and for those before it: D - t(1 - ρ) at a load of
+    ρ. A share p of all waits longer than D - p·T·(1 - ρ), T the period; an answer takes its own time besides."""
+    rows = []
+    for name, users in STALLS.items():
+        label = f"stalls of 120 ms every 0.9 s, 350/s, {users} connection{'s' * (users > 1)}"
+        must = "p99 within 6 % of theory, in the samples and in Locust's CSV"
+        if not (out / name / "st_stats.csv").exists():
+            rows.append(Row(label, must, "", None))
+            continue
+        samples = pd.read_parquet(out / name / "s.parquet")
+        samples = samples[~samples["warmup"]]
+        good = samples["outcome"] == "ok"
+        ms = np.where(good, (samples["received_ns"] - samples["intended_ns"]).astype(float) / 1e6, math.inf)
+        p50, p99 = _stats.quantiles(ms, [0.5, 0.99])
+        theory = 1e3 * (STALL_S - 0.01 * EVERY_S * (1 - RATE * p50 / 1e3)) + p50
+        told = pd.read_csv(out / name / "st_stats.csv")
+        csv = float(told[told["Name"] == "Aggregated"]["99%"].iloc[0])
+        rate = good.sum() / ((samples["intended_ns"].max() - samples["intended_ns"].min()) / 1e9)
+        found = f"theory {theory:.1f} ms; samples {p99:.1f} ({p99 / theory - 1:+.1%}), CSV {csv:.1f} ({csv / theory - 1:+.1%}); {rate:.1f}/s"
+        rows.append(Row(label, must, found, max(abs(p99 / theory - 1), abs(csv / theory - 1)) <= 0.06))
+    return rows
+
+
 def markdown(rows: Sequence[Row]) -> str:
     lines = ["| experiment | must show | found | |", "|---|---|---|---|", *(row.text() for row in rows)]
     return "\n".join(lines)
@@ -280,12 +365,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["measure", "table"])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", action="append", choices=list(EXPERIMENTS))
+    parser.add_argument("--only", action="append", choices=[*EXPERIMENTS, *STALLS])
     parser.add_argument("--starts", type=int, default=20, help="the most that one run does")
     parser.add_argument("--write", action="store_true", help="into docs/measurement.md")
     given = parser.parse_args()
     if given.command == "measure":
-        measure(given.out.absolute(), given.only or list(EXPERIMENTS), given.starts)
+        measure(given.out.absolute(), given.only or [*EXPERIMENTS, *STALLS], given.starts)
         return
     text = markdown(table(given.out.absolute()))
     print(text)

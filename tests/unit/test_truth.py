@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from tests.bench import truth
@@ -25,7 +27,7 @@ def test_a_measurement_that_is_true_holds_in_every_row(tmp_path: Path) -> None:
     measured(tmp_path, "p50-plus-2", 20, 1.02)
     measured(tmp_path, "p99-plus-5", 20, 1.05)
     measured(tmp_path, "spin-200-210", 10, 1.05, sd=0.005)
-    found = rows(tmp_path)
+    found = {name: row for name, row in rows(tmp_path).items() if not name.startswith("stalls")}
     assert {name: row.holds for name, row in found.items()} == dict.fromkeys(found, True)
     called = found["A/A, p50: 120 pairs"].found
     share = float(called.partition("%")[0])
@@ -50,3 +52,18 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
         truth._sizes(tmp_path)
     measured(tmp_path, "aa-quiet", 4)
     assert truth._sizes(tmp_path)["p50_plus"].startswith("54.")  # 2 % of 200
+
+
+def test_a_client_that_does_not_see_what_a_stall_delays_fails(tmp_path: Path) -> None:
+    """At 350/s with 0.4 ms of service, theory says 112.6 ms at p99. Latency from the sending instead is far from it."""
+    (tmp_path / "stall-1").mkdir()
+    intended = np.arange(10_500) * 1e9 / 350
+    since_stall = intended % 0.9e9
+    wait = np.maximum(0, 0.12e9 - since_stall * (1 - 350 * 0.0004))
+    samples = pd.DataFrame({"intended_ns": intended.astype("int64"), "warmup": False, "outcome": "ok"})
+    for p99, held in ((112.0, True), (9.0, False)):
+        samples["received_ns"] = (intended + 0.4e6 + (wait if held else wait / 13)).astype("int64")
+        samples.to_parquet(tmp_path / "stall-1" / "s.parquet")
+        (tmp_path / "stall-1" / "st_stats.csv").write_text(f"Type,Name,99%\n,Aggregated,{p99}\n")
+        row = next(row for name, row in rows(tmp_path).items() if name.endswith("1 connection"))
+        assert row.holds is held, row.found
