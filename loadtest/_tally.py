@@ -7,6 +7,7 @@ slow: as NEVER_MS, since JSON has no infinity. Locust's terminal tables stay in 
 imported: the caller hands its objects in.
 """
 
+import csv
 import math
 from typing import Any
 
@@ -101,6 +102,17 @@ def show_truth(locust_stats: Any) -> None:
         found = [ask(q) or 0 for q in self.percentiles_to_report]
         return ["inf" if value >= NEVER_MS else round(value, 7) for value in found]
 
+    def close_files(self: Any) -> None:
+        """What came after Locust wrote them last belongs in them, too."""
+        handle, failures = self.requests_csv_filehandle, self.failures_csv_filehandle
+        for file, write in ((handle, self.requests_csv), (failures, self.failures_csv)):
+            file.seek(0)
+            file.truncate()
+            write(csv.writer(file))
+        close(self)
+
+    close = locust_stats.StatsCSVFileWriter.close_files
+    locust_stats.StatsCSVFileWriter.close_files = close_files
     locust_stats.calculate_response_time_percentile = percentile
     locust_stats.StatsEntry.median_response_time = property(lambda entry: entry.get_response_time_percentile(0.5))
     locust_stats.StatsCSV._percentile_fields = percentile_fields

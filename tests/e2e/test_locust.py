@@ -53,21 +53,21 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def our_server(*models: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def our_server(*models: str, host: str = "127.0.0.1") -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """`python -m server` on loopback, once it is ready."""
     port = free_port()
-    argv = [sys.executable, "-m", "server", "--port", str(port)]
+    argv = [sys.executable, "-m", "server", "--host", host, "--port", str(port)]
     process = subprocess.Popen([*argv, *(word for model in models for word in ("--model", model))], cwd=ROOT)
     try:
         end = time.monotonic() + 60
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5).close()
+                urllib.request.urlopen(f"http://{host}:{port}/v2/health/ready", timeout=5).close()
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() < end, "the server did not get ready"
                 time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}", process
+        yield f"http://{host}:{port}", process
     finally:
         process.kill()
         process.wait()
