@@ -94,7 +94,9 @@ class Raw:
                     self.behave(connection, _answer(path, body), n)
                 elif path in ("/v2/models/knn", "/v2/models/null"):
                     inputs = [{"name": "x", "datatype": "FP32", "shape": [-1, WIDTH]}]
-                    connection.sendall(whole(json.dumps({"name": "knn", "inputs": inputs}).encode()))
+                    output = {"name": "rows" if "null" in path else "label", "datatype": "INT64", "shape": [-1]}
+                    told = {"name": "knn", "inputs": inputs, "outputs": [output]}
+                    connection.sendall(whole(json.dumps(told).encode()))
                 elif path == "/v2":
                     connection.sendall(whole(b'{"name":"raw","extensions":["binary_tensor_data"]}'))
                 else:

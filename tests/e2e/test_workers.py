@@ -24,9 +24,9 @@ from tests.e2e.test_locust import BOUND_S, LOCUST, ROOT, free_port, plain, wait_
 
 OWN_NETWORKS = """
 mount -t tmpfs none /run && mkdir /run/netns && ip link set lo up
-ip link add br type bridge && ip addr add 10.9.0.1/24 dev br && ip link set br up
+ip link add name br0 type bridge && ip addr add 10.9.0.1/24 dev br0 && ip link set br0 up
 for i in 1 2; do
-  ip netns add w$i && ip link add v$i type veth peer name e$i netns w$i && ip link set v$i master br up
+  ip netns add w$i && ip link add v$i type veth peer name e$i netns w$i && ip link set v$i master br0 up
   ip -n w$i addr add 10.9.0.1$i/24 dev e$i && ip -n w$i link set e$i up && ip -n w$i link set lo up
 done
 exec "$@"
