@@ -113,8 +113,8 @@ def _requests(connection: socket.socket) -> Iterator[tuple[str, bytes]]:
             if not (piece := connection.recv(65536)):
                 return
             data += piece
-        at = data.lower().find(b"content-length:", 0, head)
-        size = int(data[at + 15 : data.find(b"\r", at)]) if at >= 0 else 0
+        at = data.lower().find(b"\r\ncontent-length:", 0, head)
+        size = int(data[at + 17 : data.find(b"\r", at + 2)]) if at >= 0 else 0
         while len(data) < head + size:
             if not (piece := connection.recv(65536)):
                 return
