@@ -35,7 +35,8 @@ def block_logs(found: Requests, blocks: pd.DataFrame) -> pd.DataFrame:
     reach it.
     """
     rows = found.rows
-    counts = rows.groupby(["restart", "block"])["us"].size().to_dict()
+    sizes = rows.groupby(["restart", "block"])["us"].size()
+    counts, medians = sizes.to_dict(), sizes.groupby("restart").median().to_dict()
     settled = dict(iter(rows[rows["settled"]].groupby(["restart", "block"])))
     in_time = rows.groupby(["restart", "block"])["in_time"].sum().to_dict()
     out = []
@@ -46,7 +47,8 @@ def block_logs(found: Requests, blocks: pd.DataFrame) -> pd.DataFrame:
         for names, column in ((QUANTILES, "us"), (KERNEL, "kernel_us")):
             us = np.array(of_block[column], dtype=float) if of_block is not None and column in of_block else np.empty(0)
             for name, q in names.items():
-                enough = len(us) > 0 and counts[key] >= _stats.MIN_BLOCK[q] and not np.isnan(us).any()
+                enough = len(us) > 0 and not np.isnan(us).any() and counts[key] >= _stats.MIN_BLOCK[q]
+                enough = enough and medians[block["restart"]] >= _stats.MIN_MEDIAN[q]
                 row[name] = math.log(_stats.quantiles(us, [q])[0]) if enough else math.nan
         seconds = (block["end_ns"] - block["start_ns"]) / 1e9
         out.append(row | {"answers": in_time.get(key, 0), "seconds": seconds})
@@ -163,7 +165,7 @@ def _of_quantile(both: pd.DataFrame, name: str) -> Ratio:
     if not len(both):
         return Ratio(None, reason="no quad that both went through")
     if ours.isna().any() or base.isna().any():
-        return Ratio(None, reason=f"a block holds fewer than {_stats.MIN_BLOCK[EVERY[name]]} requests")
+        return Ratio(None, reason=f"blocks hold fewer than {_stats.MIN_MEDIAN[EVERY[name]]} requests")
     with np.errstate(invalid="ignore"):
         units = _units(ours - base)
     if not np.isfinite(units.starts).all() or np.isnan(units.quads).any():

@@ -14,7 +14,8 @@ Floats = NDArray[np.float64]
 LEVEL = 0.95
 TRIM = 0.2  # of each end: rare stalls are cut away, and the typical figure is left
 MIN_PAIRS = 3  # with two, the t quantile is 12.7: an interval that tells nothing
-MIN_BLOCK = {0.5: 11, 0.99: 500}  # requests that a block must hold for a quantile of its own
+MIN_BLOCK = {0.5: 11, 0.99: 100}  # requests that a block must hold for a quantile of its own,
+MIN_MEDIAN = {0.5: 11, 0.99: 500}  # and that half of a start's blocks must hold: one slow block is no reason for none
 
 
 class Interval(NamedTuple):

@@ -51,21 +51,23 @@ def _place(target: Target) -> str:
 def _sentence(where: str, model: str, load: str, over: str, p50: Ratio, p99: Ratio) -> str:
     """`In a Docker container, a KNN request at closed-1 takes 61 µs longer than process at p50 (+38 %…): slower; …`."""
     request = f"{MODELS.get(model, f'a {model}')} request at {load}"
-    halves = [_half(p50, f" than {over} at p50"), _half(p99, " at p99")]
+    halves = [_half(p50, f" than {over} at p50", "takes "), _half(p99, " at p99")]
     instances = "instances" in (p50.of, p99.of)
-    return f"{where}, {request} takes {'; '.join(halves)}.{' All of these instances only.' * instances}"
+    return f"{where}, {request} {'; '.join(halves)}.{' All of these instances only.' * instances}"
 
 
-def _half(ratio: Ratio, where: str) -> str:
+def _half(ratio: Ratio, where: str, verb: str = "") -> str:
     """`61 µs longer than process at p50 (+38 %, 95 % interval +36 to +41 %): slower`."""
     if ratio.estimate is None:
-        return f"a time without a figure{where} ({ratio.reason})"
+        return f"has no figure{where.replace(' than', ' over')} ({ratio.reason})"
     if ratio.low is None or ratio.high is None or ratio.added_us is None:
-        return f"{_more(ratio.estimate - 1, percent(ratio.estimate))}{where}, without an interval ({ratio.reason})"
+        return (
+            f"{verb}{_more(ratio.estimate - 1, percent(ratio.estimate))}{where}, without an interval ({ratio.reason})"
+        )
     added = ratio.added_us.estimate
     amount = f"{abs(added):,.0f} µs" if abs(added) >= 9.5 else f"{abs(added):.1f} µs"
     interval = f"{percent(ratio.estimate)}, 95 % interval {span(ratio.low, ratio.high)}"
-    text = f"{_more(added, amount)}{where} ({interval}): {in_words(ratio)}"
+    text = f"{verb}{_more(added, amount)}{where} ({interval}): {in_words(ratio)}"
     return text + (f", {ratio.could_be}" if ratio.verdict == OPEN and ratio.could_be else "")
 
 

@@ -75,11 +75,10 @@ def test_as_many_starts_as_are_said_would_tell() -> None:
 
 
 def test_no_figure_is_no_verdict_but_says_why() -> None:
-    none = Ratio(None, reason="a block holds fewer than 500 requests")
+    none = Ratio(None, reason="blocks hold fewer than 500 requests")
     found = judge([(Ratios(ratio(1.0, 0.01), none, none), True)], Margins())[0].p99
     assert (
-        found.verdict == "can't tell"
-        and _verdict.in_words(found) == "can't tell: a block holds fewer than 500 requests"
+        found.verdict == "can't tell" and _verdict.in_words(found) == "can't tell: blocks hold fewer than 500 requests"
     )
 
 
