@@ -56,6 +56,7 @@ def take_back(run: Path) -> Before:
     _samples(run, keep)
     _blocks(run, keep)
     _batch(run, keep, folder.plan)
+    _peaks(run, keep)
     targets = json.loads((run / "targets.json").read_bytes())
     kept = [target for target in targets if keep(target["name"], 0)]
     for target in kept:
@@ -101,6 +102,15 @@ def _batch(run: Path, keep: Keep, plan: Plan) -> None:
         whole = path.read_text().rpartition("\n")[0]
         rows = csv.DictReader(whole.splitlines())
         kept = [row for row in rows if keep(row["target"], int(row["repeat"]) % plan.restarts)]
+        path.unlink()
+        _write(path, kept)
+
+
+def _peaks(run: Path, keep: Keep) -> None:
+    path = run / "peak.csv"
+    if path.exists():
+        rows = csv.DictReader(path.read_text().rpartition("\n")[0].splitlines())
+        kept = [row for row in rows if keep(row["target"], int(row["restart"]))]
         path.unlink()
         _write(path, kept)
 

@@ -1,5 +1,6 @@
 """From a run folder to figures: every number of the report is computed here, from the raw samples alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ def _peaks(folder: Folder) -> list[Peak]:
             if len(rates) >= _stats.MIN_PAIRS:
                 span = Span(*_stats.interval(_stats.location(np.array(rates, dtype=float))))
             elif len(rates):
-                span = Span(float(rates.mean()), float(mine["low_rps"].min()), float(mine["high_rps"].max()))
+                high = float(mine["high_rps"].max())  # NaN: no rate that was tried was too high
+                span = Span(float(rates.mean()), float(mine["low_rps"].min()), None if math.isnan(high) else high)
             if len(mine):
                 reason = "; ".join(text for text in dict.fromkeys(mine["reason"]) if text) or None
                 found.append(Peak(target.name, target.label, target.emulated, str(model), str(bound), span, reason))
