@@ -185,9 +185,6 @@ margin_option = click.option(
     help="More starts, 10 to 50, until the intervals of p50 in the primary cells are no wider than ± this.",
 )  # fmt: skip
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with this interrupted run.")
-@click.option(
-    "--bound", metavar="p99<=5ms", help="Search each target's peak, too: the highest Poisson rate that holds this."
-)
 @margin_option
 @fail_if_option
 @_dry_run

@@ -16,7 +16,7 @@ from hostsetup.kinds import KINDS, check_options
 from hostsetup.target import Option, Spec
 from images import own
 from images.errors import UsageError
-from loadtest import _arrivals, _bound, _models, _rows
+from loadtest import _arrivals, _models, _rows
 from loadtest._encoding import ENCODINGS
 
 PLANS = Path(__file__).resolve().parent.parent / "plans"
@@ -47,7 +47,6 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `arrivals = "constant"` makes the rates constant ones.
     `primary`: the cells that verdicts are about, each MODEL:LOAD (none: knn:closed-1); `margin`: the difference that
     matters at p50 and at p99.
-    `bound`: such as p99<=5ms; then each target's peak is searched, too, the highest Poisson rate that holds it.
     `work_iterations` 0: as many as take `work_us` on the first target's cores, counted before the targets are up.
     `model_file`: FILE.py:CLASS, a model of the user's own, whose name stands in `models`; `data`: its rows, as .npz.
     `encoding`: of the load's tensors, binary or json; parity always asks by JSON.
@@ -85,7 +84,6 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allow_difference: bool = False
     only: str = ""
     primary: tuple[str, ...] = ()
-    bound: str = ""
     margin: str = "2%,5%"
     targets: tuple[dict[str, Option], ...] = ()
     jobs: tuple[Job, ...] = ()
@@ -332,10 +330,6 @@ def _validate_values(plan: Plan) -> None:
         model, _, load = cell.partition(":")
         if model not in plan.models or load not in plan.loads:
             raise UsageError(f"the primary cell {cell!r} is not in the plan; wanted MODEL:LOAD of its models and loads")
-    if plan.bound:
-        _bound.parse(plan.bound)
-        if plan.only == "batch":
-            raise UsageError("a bound is held by a load; leave out --only batch")
     if not 0 <= plan.until_ci < 1:
         raise UsageError(f"until_ci is {plan.until_ci:g}; wanted a share from 0 to 1, such as 0.02 for 2 %")
     if not re.fullmatch(r"[0-9.]+%(,[0-9.]+%)?", plan.margin):

@@ -24,7 +24,7 @@ from hostsetup.locks import run_lock
 from hostsetup.target import Context, Spec
 from images import own, shell, store
 from images.errors import IsolatencyError, NotComparableError
-from loadtest import _batch, _calibrate, _parity, _peak, _report, _resume
+from loadtest import _batch, _calibrate, _parity, _report, _resume
 from loadtest._batch import Live
 from loadtest._drive import drive
 from loadtest._plan import Machine, Plan, validate
@@ -35,7 +35,6 @@ SPARE_MIB = 1024  # what the host itself and the load client keep
 NESTED_MIB = 2048  # the emulated host around a nested Firecracker
 START_S = {"process": 2, "docker": 3, "uml": 4, "qemu": 10, "firecracker": 30, "url": 1}
 LEAST_STARTS, MOST_STARTS = 10, 50  # with --until-ci: before they are looked at, and where it ends
-PEAK_S = 60  # a search for a peak, roughly
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NATIVE = "_native"  # a phase names its files, and no target's name begins so
 SLOW_S = {"knn": 5, "dnn": 5}  # an emulated batch job, very roughly; said as "about"
@@ -91,8 +90,6 @@ def estimate_s(plan: Plan, phase: Phase) -> float:
     """About how long a phase takes, in seconds: what the run says at its start, and a third of its bound."""
     cells = len(plan.models) * len(plan.loads)
     load = 0.0 if plan.only == "batch" else cells * (plan.emulated_seconds * 1.5 if phase.emulated else plan.seconds)
-    if plan.bound and plan.only != "batch":
-        load += PEAK_S * len(_peak.models(plan))
     batch = 0.0
     if plan.only != "load":
         for job in plan.jobs:
@@ -311,8 +308,6 @@ def _measure(
         )  # fmt: skip
         if failed:
             record.error(IsolatencyError(f"{phase.name}: {failed}"), partial=False)
-        if plan.bound:
-            _peak.find(plan, live, record.path, phase.restart, _probing(phase, context, record), show.step)
     for one in live:
         record.memory(one)
     if plan.only != "load":
@@ -320,16 +315,6 @@ def _measure(
         if with_jobs:
             _batch.run_jobs(plan, with_jobs, record.path / "batch.csv", show.step, phase.restart)
     show.step(f"taking down {', '.join(one.endpoint.label for one in live)}")
-
-
-def _probing(phase: Phase, context: Context, record: Record) -> _peak.Drive:
-    def probe(plan: Plan, name: str, one: Live, folder: Path) -> None:
-        drive(
-            plan, name, [one], folder=folder, ledger=context.ledger, cores=record.client_cores,
-            bound_s=120 + 5 * plan.seconds, progress=lambda at: None, restart=phase.restart,
-        )  # fmt: skip
-
-    return probe
 
 
 def _ask(one: Live, plan: Plan, timeout_s: float) -> _parity.Facts:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from images.errors import IsolatencyError, UsageError
 from loadtest._plan import Job, read, save
+from loadtest._report import markdown
 from loadtest._samples import SCHEMA
 from loadtest._summary import summarise
 from tests.unit.run_folder import LATENCY_US, make, target
@@ -373,6 +374,7 @@ def test_memory_does_not_grow_with_the_samples_read(tmp_path: Path) -> None:
 import resource
 from pathlib import Path
 from loadtest._plan import Job, read, save
+from loadtest._report import markdown
 from loadtest._samples import SCHEMA
 from loadtest._summary import summarise
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -407,3 +409,17 @@ def test_an_offline_block_lasts_until_its_last_answer_and_none_of_it_is_left_out
     a, b = summarise(tmp_path).cells
     assert a.throughput_rps == pytest.approx(2000) and b.ratio is not None
     assert b.ratio.p50.estimate == pytest.approx(2.0, rel=1e-3)
+
+
+def test_peaks_over_starts_by_one_search_and_with_an_open_end(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b"), target("c")])
+    lines = [f"{n},a,knn,p99<=5ms,{rate},{rate},{rate * 1.05}," for n, rate in enumerate((900.0, 1000.0, 1100.0))]
+    lines += ["0,b,knn,p99<=5ms,500.0,500.0,520.0,", "0,c,knn,p99<=5ms,200.0,200.0,,client-limited at 400/s"]
+    head = "restart,target,model,bound,rate_rps,low_rps,high_rps,reason"
+    (tmp_path / "peak.csv").write_text("\n".join([head, *lines]) + "\n")
+    a, b, c = summarise(tmp_path).peaks
+    assert a.rate_rps is not None and a.rate_rps.low is not None and a.rate_rps.high is not None
+    assert a.rate_rps.low < 900 < a.rate_rps.estimate < 1100 < a.rate_rps.high  # t over three starts is wide
+    assert b.rate_rps is not None and (b.rate_rps.low, b.rate_rps.high) == (500.0, 520.0)
+    assert c.rate_rps is not None and c.rate_rps.high is None and c.reason == "client-limited at 400/s"
+    assert "client-limited at 400/s" in markdown(summarise(tmp_path))
