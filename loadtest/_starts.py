@@ -31,12 +31,14 @@ def block_logs(found: Requests, blocks: pd.DataFrame) -> pd.DataFrame:
     """Per (restart, round) of one cell: its block's log p50 and log p99, of the requests after the first moments that
     follow a switch; how many answers came in time; seconds; and when it began.
 
-    NaN where the block has too few requests for the quantile, or the kernel stamped them not all; +inf where failures
-    reach it.
+    NaN where the cell's blocks have too few requests for the quantile, or the kernel stamped them not all; +inf where
+    failures reach it, and where a block has so few in a cell that has enough that it must be a slow one.
     """
     rows = found.rows
-    sizes = rows.groupby(["restart", "block"])["us"].size()
-    counts, medians = sizes.to_dict(), sizes.groupby("restart").median().to_dict()
+    counts = rows.groupby(["restart", "block"])["us"].size().to_dict()
+    median = float(
+        np.median([counts.get(key, 0) for key in zip(blocks["restart"], blocks["block"], strict=True)] or [0])
+    )
     settled = dict(iter(rows[rows["settled"]].groupby(["restart", "block"])))
     in_time = rows.groupby(["restart", "block"])["in_time"].sum().to_dict()
     out = []
@@ -47,9 +49,10 @@ def block_logs(found: Requests, blocks: pd.DataFrame) -> pd.DataFrame:
         for names, column in ((QUANTILES, "us"), (KERNEL, "kernel_us")):
             us = np.array(of_block[column], dtype=float) if of_block is not None and column in of_block else np.empty(0)
             for name, q in names.items():
-                enough = len(us) > 0 and not np.isnan(us).any() and counts[key] >= _stats.MIN_BLOCK[q]
-                enough = enough and medians[block["restart"]] >= _stats.MIN_MEDIAN[q]
-                row[name] = math.log(_stats.quantiles(us, [q])[0]) if enough else math.nan
+                row[name] = math.nan
+                if median >= _stats.MIN_MEDIAN[q] and (column == "us" or column in rows) and not np.isnan(us).any():
+                    enough = len(us) > 0 and counts.get(key, 0) >= _stats.MIN_BLOCK[q]
+                    row[name] = math.log(_stats.quantiles(us, [q])[0]) if enough else math.inf
         seconds = (block["end_ns"] - block["start_ns"]) / 1e9
         out.append(row | {"answers": in_time.get(key, 0), "seconds": seconds})
     frame = pd.DataFrame(out, columns=["restart", "round", *EVERY, "answers", "seconds", "start_ns"])
@@ -167,8 +170,12 @@ def _of_quantile(both: pd.DataFrame, name: str) -> Ratio:
     if ours.isna().any() or base.isna().any():
         return Ratio(None, reason=f"blocks hold fewer than {_stats.MIN_MEDIAN[EVERY[name]]} requests")
     with np.errstate(invalid="ignore"):
-        units = _units(ours - base)
-    if not np.isfinite(units.starts).all() or np.isnan(units.quads).any():
+        differences = ours - base
+    # Where both are infinitely slow, neither is the slower one: such a quad says nothing, if they are not many.
+    silent = differences.isna()
+    base = base[~silent]
+    units = _units(differences[~silent])
+    if silent.groupby("restart").mean().max() > _stats.TRIM or not np.isfinite(units.starts).all():
         return Ratio(None, reason="it falls among failed requests, or none was answered")
     found = _ratio(units, trim=True)
     levels = np.exp([_stats.trimmed(of_start.to_numpy()) for _, of_start in base.groupby("restart")])

@@ -14,8 +14,10 @@ Floats = NDArray[np.float64]
 LEVEL = 0.95
 TRIM = 0.2  # of each end: rare stalls are cut away, and the typical figure is left
 MIN_PAIRS = 3  # with two, the t quantile is 12.7: an interval that tells nothing
-MIN_BLOCK = {0.5: 11, 0.99: 100}  # requests that a block must hold for a quantile of its own,
-MIN_MEDIAN = {0.5: 11, 0.99: 500}  # and that half of a start's blocks must hold: one slow block is no reason for none
+# Requests that half of a cell's blocks must hold for a quantile of a block's own; and below what a block, in a cell
+# whose others hold enough, is so slow that it counts as infinitely slow.
+MIN_MEDIAN = {0.5: 11, 0.99: 500}
+MIN_BLOCK = {0.5: 11, 0.99: 100}
 
 
 class Interval(NamedTuple):
@@ -73,11 +75,12 @@ def mean_interval(values: Floats, level: float = LEVEL) -> Interval:
 
 
 def trimmed(values: Floats, share: float = TRIM) -> float:
-    """The mean of `values`, shape (n,), n ≥ 1, without the floor(share · n) smallest and as many of the largest.
+    """The mean of `values`, shape (n,), n ≥ 1, without the floor(share · n) smallest and as many of the largest; from
+    three values on at least one at each end, so that of three and four it is the median.
 
     Values of ±inf take part by their rank; where one is left after trimming, the result is infinite or NaN.
     """
-    cut = int(share * len(values) + 1e-9)
+    cut = max(int(share * len(values) + 1e-9), int(len(values) >= 3))
     kept = np.sort(values)[cut : len(values) - cut]
     with np.errstate(invalid="ignore"):
         return float(np.mean(kept))
@@ -99,7 +102,7 @@ def trimmed_location(values: Floats, share: float = TRIM) -> Location:
     ordered = np.sort(values)
     ordered[:cut], ordered[n - cut :] = ordered[cut], ordered[n - cut - 1]
     se = float(np.std(ordered, ddof=1)) / ((1 - 2 * cut / n) * math.sqrt(n))
-    return Location(trimmed(values, share), se, n - 2 * cut - 1)
+    return Location(float(np.mean(np.sort(values)[cut : n - cut])), se, n - 2 * cut - 1)
 
 
 def interval(at: Location, level: float = LEVEL) -> Interval:

@@ -67,6 +67,7 @@ def test_a_trimmed_mean_cuts_failures_away_by_their_rank_and_no_more_of_them_tha
     assert _stats.trimmed(values) == 3.0 and math.isfinite(_stats.trimmed_location(values).se)
     assert _stats.trimmed(np.array([1.0, 2.0, 3.0, math.inf, math.inf])) == math.inf
     assert _stats.trimmed(np.array([1.0, math.inf])) == math.inf
+    assert _stats.trimmed(np.array([1.0, 3.0, math.inf])) == 3.0 == _stats.trimmed(np.array([1.0, 2.0, 4.0, math.inf]))
 
 
 def test_p_values_are_scipys() -> None:
