@@ -177,6 +177,11 @@ margin_option = click.option(
 @click.option("--spin-tail-us", type=float, help="The model spin: µs of a long call.")
 @click.option("--spin-tail-p", type=float, help="The model spin: share of long calls.")
 @click.option("--work-us", type=float, help="The model work: as many iterations as take so long on the first target.")
+@click.option(
+    "--bound",
+    metavar="p99<=5ms",
+    help="Also search, for each target, the highest rate of Poisson arrivals that holds it.",
+)
 @click.option("--seed", type=int, help="Seed of every order and choice in the run.")
 @click.option("--seconds", type=float, help="Seconds of load per target, model, load and start.")
 @click.option("--restarts", type=int, help="Start every target so often: then intervals hold what starts differ by.")

@@ -24,7 +24,6 @@ from loadtest import _batch, _samples
 from loadtest._plan import Plan
 
 SCHEMA = 1
-PEAK_COLUMNS = ("restart", "target", "model", "bound", "rate_rps", "low_rps", "high_rps", "reason")
 # Columns of blocks.csv that an older folder does not have.
 LATER = ("arrivals", "late_p50_ns", "late_p99_ns", "late_max_ns", "queued", "reconnects", "gap_ns", "client_limited")
 ROWS = _samples.ROW_GROUP  # read at a time
@@ -109,7 +108,7 @@ def read(run: Path) -> Folder:
     if (run / "batch.csv").exists():
         folder.batch = _table(run / "batch.csv", _batch.COLUMNS, folder.gaps)
     if (run / "peak.csv").exists():
-        folder.peaks = _table(run / "peak.csv", PEAK_COLUMNS, folder.gaps)
+        folder.peaks = _table(run / "peak.csv", _samples.PEAK_COLUMNS, folder.gaps)
     folder.gaps += _missing(folder)
     return folder
 

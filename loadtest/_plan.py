@@ -16,7 +16,7 @@ from hostsetup.kinds import KINDS, check_options
 from hostsetup.target import Option, Spec
 from images import own
 from images.errors import UsageError
-from loadtest import _arrivals, _models, _rows
+from loadtest import _arrivals, _models, _peak, _rows
 from loadtest._encoding import ENCODINGS
 
 PLANS = Path(__file__).resolve().parent.parent / "plans"
@@ -49,6 +49,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     matters at p50 and at p99.
     `work_iterations` 0: as many as take `work_us` on the first target's cores, counted before the targets are up.
     `model_file`: FILE.py:CLASS, a model of the user's own, whose name stands in `models`; `data`: its rows, as .npz.
+    `bound`, as p99<=5ms: search each target's highest Poisson rate that holds it, in every start.
     `encoding`: of the load's tensors, binary or json; parity always asks by JSON.
     `client_spin_us`: so long before each intended start the client is awake.
     """
@@ -66,6 +67,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     open_connections: int = 16
     client_spin_us: float = 0.0
     encoding: str = "binary"
+    bound: str = ""
     emulated_seconds: float = 5.0
     warmup_s: float = 2.0
     rows: int = 1
@@ -356,6 +358,8 @@ def _validate_values(plan: Plan) -> None:
     for key in ("check", "min_requests"):
         if getattr(plan, key) < 0:
             raise UsageError(f"{key} is {getattr(plan, key)}; wanted 0 (never) or more")
+    if plan.bound:
+        _peak.parse(plan.bound)
     if plan.encoding not in ENCODINGS:
         raise UsageError(f"encoding is {plan.encoding!r}; wanted {' or '.join(ENCODINGS)}")
     if not 0 <= plan.client_spin_us <= 10_000:

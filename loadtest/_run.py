@@ -37,6 +37,7 @@ START_S = {"process": 2, "docker": 3, "uml": 4, "qemu": 10, "firecracker": 30, "
 LEAST_STARTS, MOST_STARTS = 10, 50  # with --until-ci: before they are looked at, and where it ends
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NATIVE = "_native"  # a phase names its files, and no target's name begins so
+PEAK_S = 90  # a search for the peak rate: some fifteen trials
 SLOW_S = {"knn": 5, "dnn": 5}  # an emulated batch job, very roughly; said as "about"
 
 
@@ -89,13 +90,14 @@ def phases(plan: Plan, kvm_boots: bool) -> list[Phase]:
 def estimate_s(plan: Plan, phase: Phase) -> float:
     """About how long a phase takes, in seconds: what the run says at its start, and a third of its bound."""
     cells = len(plan.models) * len(plan.loads)
+    peak = PEAK_S * len({cell.partition(":")[0] for cell in plan.primary} or {""}) if plan.bound else 0.0
     load = 0.0 if plan.only == "batch" else cells * (plan.emulated_seconds * 1.5 if phase.emulated else plan.seconds)
     batch = 0.0
     if plan.only != "load":
         for job in plan.jobs:
             cost = 0.7 * job.rows / 569 if job.job == "knn" else 0.0008 * job.rows * job.epochs
             batch += SLOW_S[job.job] if phase.emulated else (cost + 0.5) * job.repeats / plan.restarts
-    return sum(START_S[spec.kind] + load + batch for spec in phase.specs)
+    return sum(START_S[spec.kind] + load + peak + batch for spec in phase.specs)
 
 
 def about(seconds: float) -> str:

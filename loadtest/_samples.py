@@ -63,6 +63,7 @@ BLOCK_COLUMNS = (
     "start_ns", "end_ns", "drained_ns", "warmup", "host_cpu_us", "client_cpu_us",
     "arrivals", "late_p50_ns", "late_p99_ns", "late_max_ns", "queued", "reconnects", "gap_ns", "client_limited",
 )  # fmt: skip
+PEAK_COLUMNS = ("restart", "target", "model", "bound", "rate_rps", "low_rps", "high_rps", "reason")
 
 ROW_GROUP = 65_536  # 9 MB in memory: what a run holds at most, however long it is
 _PARTIAL = b"isolatency.partial"
@@ -249,6 +250,22 @@ class BlockWriter:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow(values)
         _append(self._file, self.path, text.getvalue().encode())
+
+
+def add_peak(path: Path, values: Iterable[object]) -> None:
+    """One line of peak.csv, NaN as an empty field, on disk at once; the header comes with the first line. Raises
+    IsolatencyError."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    with _naming(path):
+        file = path.open("ab", buffering=0)
+        try:
+            if not file.tell():
+                rows.writerow(PEAK_COLUMNS)
+            rows.writerow("" if value != value else value for value in values)
+            _append(file, path, text.getvalue().encode())
+        finally:
+            file.close()
 
 
 def _append(file: FileIO, path: Path, data: bytes) -> None:

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple, TypeVar
 import gevent  # type: ignore[import-untyped]
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from images.errors import IsolatencyError, TargetError, UsageError
-from loadtest import _arrivals, _cpu, _order, _preflight, _rows, _samples, _tally
-from loadtest._arrivals import Load, Schedule
+from loadtest import _arrivals, _cpu, _order, _peak, _preflight, _rows, _samples, _tally
+from loadtest._arrivals import FOREVER_NS, Load, Schedule
 from loadtest._connection import Connection, Work, resolve
 from loadtest._engine import Block, Engine
 from loadtest._pace import Effort
-from loadtest._samples import OK, OUTCOME, OUTCOMES, REFUSED, RESET, TIMEOUT, Raw, Where
+from loadtest._samples import ENDED, INTENDED, OK, OUTCOME, OUTCOMES, REFUSED, RESET, TIMEOUT, Raw, Where
 
 PATIENCE_S = 3.0  # a target that only refuses or resets for longer than this has died
 TIMEOUTS_PATIENCE = 3  # one that only times out is given so many time-outs, and this long at least:
@@ -30,6 +31,7 @@ EXTENSION = 10  # a cell that has too few requests goes on for up to so many tim
 SPILL_S = 0.25  # so often are a long block's requests looked at, and written where they fill a row group
 
 _T = TypeVar("_T")
+Floats = NDArray[np.float64]
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -61,6 +63,8 @@ class Plan(msgspec.Struct, frozen=True):
     min_requests: int = 0
     client_spin_us: float = 0.0
     encoding: str = "binary"
+    bound: str = ""
+    primary: tuple[str, ...] = ()
 
 
 class _Targets(msgspec.Struct, frozen=True):
@@ -109,8 +113,11 @@ class Session:
         self.requests = 0
         self.failures: Counter[tuple[str, str, str]] = Counter()
         self.done = False
+        self._block = 0
         self._loads = [_arrivals.parse(load) for load in plan.loads]
         self.users = max(self._connections_of(load) for load in self._loads)
+        if plan.bound:
+            self.users = max(self.users, plan.open_connections)
         self._targets = targets
         self._stats = stats
         self._silent_since_ns: dict[str, int] = {}
@@ -148,7 +155,9 @@ class Session:
                 if engine.cut:
                     return
                 self._progress(turn)
-            self.done = True
+            if self.plan.bound:
+                self._find_peaks(engine)
+            self.done = not engine.cut
         finally:
             self._blocks.close()
             self._samples.close(partial=not self.done)
@@ -162,7 +171,6 @@ class Session:
         rounds = len(_order.rounds(list(by_name), count, [plan.seed, 0]))
         cells = [(model, load) for model in plan.models for load in self._loads]
         self._total = len(cells) * rounds * len(by_name)
-        block = 0
         for cell, (model, load) in enumerate(cells):
             self._counted: Counter[str] = Counter()
             for number, names in enumerate(_order.rounds(list(by_name), count * EXTENSION, [plan.seed, cell])):
@@ -171,13 +179,37 @@ class Session:
                     break
                 self._total += len(by_name) * (number >= rounds)
                 for name in names:
-                    yield _Turn(by_name[name], model, load, number, block, number < warmup)
-                    block += 1
+                    yield self._turn(by_name[name], model, load, number, number < warmup)
+
+    def _turn(self, target: Target, model: str, load: Load, number: int, warmup: bool = False) -> _Turn:
+        self._block += 1
+        return _Turn(target, model, load, number, self._block - 1, warmup)
+
+    def _find_peaks(self, engine: Engine) -> None:
+        """One target after the other: the highest Poisson rate that holds the bound, written into peak.csv."""
+        plan = self.plan
+        models = dict.fromkeys(cell.partition(":")[0] for cell in plan.primary) or plan.models[:1]
+        for model in models:
+            for target in self._targets:
+                bound = _peak.parse(plan.bound)
+                search, number = _peak.Search(bound), 0
+                while search.trial is not None:
+                    rate, seconds, _ = search.trial
+                    load = Load(f"peak-{rate:g}", "poisson", rate=rate)
+                    latency_ns, limited = self._run_block(engine, self._turn(target, model, load, number), seconds)
+                    if engine.cut:
+                        return
+                    search.add(_peak.holds(bound, latency_ns), limited)
+                    number += 1
+                row = (plan.restart, target.name, model, plan.bound, *search.found())
+                _samples.add_peak(self._out / "peak.csv", row)
 
     def _enough(self) -> bool:
         return all(self._counted[target.name] >= self.plan.min_requests for target in self._targets)
 
-    def _run_block(self, engine: Engine, turn: _Turn) -> None:
+    def _run_block(self, engine: Engine, turn: _Turn, seconds: float = 0.0) -> tuple[Floats, bool]:
+        """The plan's block, or one of `seconds`: its latencies in ns, those of failed requests +inf, and whether the
+        client could not keep up."""
         load = turn.load
         work = self._work[turn.target.name, turn.model, load.scenario == "offline"]
         active = self._connections[turn.target.name][: self._connections_of(load)]
@@ -189,10 +221,12 @@ class Session:
             turn.target.name, turn.model, load.name, self.plan.restart, turn.round, turn.block, 0, turn.warmup
         )
         outcomes: Counter[int] = Counter()
+        self._latency_ns: list[Floats] = []
+        seconds = seconds or self._seconds(load)
         spill = gevent.spawn(self._spill, engine, turn, where, outcomes)
         host_before, cpu_ns, wall_ns = _cpu.read(turn.target.pids), time.process_time_ns(), time.monotonic_ns()
         try:
-            block = engine.run_block(active, self._seconds(load), self._schedule(turn, work) if load.open else None)
+            block = engine.run_block(active, seconds, self._schedule(turn, work, seconds) if load.open else None)
         finally:
             spill.kill()
         cpu_ns, wall_ns = time.process_time_ns() - cpu_ns, time.monotonic_ns() - wall_ns
@@ -202,21 +236,22 @@ class Session:
         effort.end(cpu_ns, wall_ns)
         self._absorb(engine.take(), turn, where, outcomes)
         if not outcomes and engine.cut:
-            return
+            return np.empty(0), False
         client_us = round(cpu_ns / 1000)
         self._blocks.add(where, block.start_ns, block.end_ns, block.drained_ns, host_us, client_us, effort)
         if not turn.warmup:
             self._counted[turn.target.name] += outcomes.total()
         if not engine.cut:
             self._check_alive(turn.target, block, set(outcomes))
+        return np.concatenate(self._latency_ns), bool(effort.limited)
 
     def _seconds(self, load: Load) -> float:
         return 0.0 if load.scenario == "offline" else self.plan.block_s
 
-    def _schedule(self, turn: _Turn, work: Work) -> Callable[[int], Schedule]:
+    def _schedule(self, turn: _Turn, work: Work, seconds: float) -> Callable[[int], Schedule]:
         """The arrivals of a block: the same in each round for every target."""
         made = _arrivals.pieces(turn.load, (self.plan.seed, self.plan.restart, turn.round), len(work.requests))
-        before_ns = round(self.plan.block_s * 1e9)
+        before_ns = round(seconds * 1e9) or FOREVER_NS
         timed = turn.load.scenario != "offline"
         return lambda start_ns: Schedule(made, start_ns, before_ns=before_ns, timed=timed)
 
@@ -233,6 +268,7 @@ class Session:
                     return
 
     def _absorb(self, raw: Raw, turn: _Turn, where: Where, outcomes: Counter[int]) -> None:
+        self._latency_ns.append(np.where(raw[:, OUTCOME] == OK, raw[:, ENDED] - raw[:, INTENDED], np.inf))
         self._samples.add(_samples.table(raw, where))
         _tally.add(self._stats, f"{turn.target.label}/{turn.model}", raw, time.time_ns() - time.monotonic_ns())
         self.requests += len(raw)

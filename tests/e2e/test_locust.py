@@ -754,3 +754,26 @@ def test_what_a_run_cannot_begin_with(tmp_path: Path, data: Path) -> None:
     (tmp_path / "PLAN.json").write_text('{"phase": 1}')
     done = locust(tmp_path, *words)
     assert done.returncode == 2 and "PLAN.json" in last_line(done)
+
+
+def test_the_peak_rate_of_a_server_whose_capacity_is_known(tmp_path: Path, data: Path) -> None:
+    """One request at a time, 10 ms each: 100 a second at most, and fewer within a bound on the wait."""
+    turn = threading.Lock()
+
+    def one_at_a_time(connection: socket.socket, body: bytes, n: int) -> None:
+        with turn:
+            time.sleep(0.01)
+        raw.well(connection, body, n)
+
+    words = write_plan(
+        tmp_path, {"a": (Raw(one_at_a_time).url, [])}, models=["knn"], loads=["closed-1"], bound="p50<=40ms", primary=[]
+    )
+    done = locust(tmp_path, *words, "--data", data, bound_s=400)
+    assert done.returncode == 0, done.stderr
+    (row,) = pd.read_csv(tmp_path / "out" / "peak.csv").to_dict("records")
+    assert (row["target"], row["model"], row["bound"]) == ("a", "knn", "p50<=40ms")
+    assert 50 < row["rate_rps"] < 105 and row["rate_rps"] == row["low_rps"] < row["high_rps"] < 160
+    samples, blocks = measured(tmp_path / "out")
+    trials = blocks[blocks.load.str.startswith("peak-")]
+    assert (trials.end_ns - trials.start_ns >= 4.9e9).all() and len(trials) > 4
+    assert set(samples.block) == set(blocks.block)  # their requests are kept, under names that no cell has
