@@ -97,7 +97,14 @@ class Load:
             if worker is not None:  # one file per process
                 path = path.with_name(f"{path.stem}-{worker}{path.suffix}")
             self._writer = _samples.open_writer(path)
+            self.note(model=wanted.model, rows=wanted.rows, encoding=wanted.encoding, check=wanted.check)
+            self.note(load=wanted.load.name, seed=wanted.seed, worker=worker or 0)
         self.unchecked = bool(wanted.check) and not self._work.checker.possible
+
+    def note(self, **facts: object) -> None:
+        """Into the samples' own metadata, where they are Parquet."""
+        if isinstance(self._writer, _samples.ParquetWriter):
+            self._writer.facts |= {name: str(value) for name, value in facts.items()}
 
     def add_user(self) -> Connection:
         """A connection for one more user, with the lowest number that is free."""

@@ -135,6 +135,7 @@ class ParquetWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.facts: dict[str, str] = {}  # written into the file's metadata at its end, under isolatency.NAME
         self._waiting: list[pa.Table] = []
         self._rows = 0
         with _naming(path):
@@ -169,8 +170,10 @@ class ParquetWriter:
 
     def _finish(self, partial: bool) -> None:
         with _naming(self.path):
-            if partial:
-                self._writer.add_key_value_metadata({_PARTIAL: b"true"})
+            told = {f"isolatency.{name}".encode(): value.encode() for name, value in self.facts.items()}
+            told |= {_PARTIAL: b"true"} if partial else {}
+            if told:
+                self._writer.add_key_value_metadata(told)
             self._writer.close()
             self._file.flush()
             os.truncate(self._file.fileno(), self._file.tell())

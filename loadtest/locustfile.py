@@ -299,6 +299,9 @@ class Plain(Mode):
         self._flusher.join()  # it may be in the middle of writing the samples
         try:
             load.flush(engine)
+            if self._worker is not None:
+                offset = self._worker.offset
+                load.note(ahead_of_master_ns=offset.monotonic_ns, ahead_of_master_error_ns=offset.error_ns)
             load.close()
         except IsolatencyError as error:
             self.fail(error)

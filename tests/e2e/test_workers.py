@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from loadtest._arrivals import parse, pieces
@@ -123,6 +124,10 @@ def test_a_master_and_two_workers_in_networks_of_their_own(tmp_path: Path) -> No
         gaps, share = np.diff(np.sort(frame.intended_ns)), np.diff(offsets[worker::2])
         assert (np.abs(gaps - share[: len(gaps)]) <= 1).all() and len(gaps) > 500
     for worker in (0, 1):
+        facts = pq.read_metadata(tmp_path / f"s-{worker}.parquet").metadata
+        assert facts[b"isolatency.encoding"] == b"binary" and facts[b"isolatency.load"] == b"poisson-300"
+        ahead_ns, error_ns = (int(facts[b"isolatency.ahead_of_master" + end]) for end in (b"_ns", b"_error_ns"))
+        assert 0 < error_ns < 10**9 and abs(ahead_ns) <= error_ns + 50_000
         found = re.search(
             rf"worker {worker} \(\S+\): its wall clock is (\S+) ms from the master's, .* ± (\S+) ms", done.stderr
         )
