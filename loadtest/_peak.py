@@ -79,11 +79,12 @@ class Search:
         self._go_to(FIRST_RPS)
 
     def add(self, held: bool, client_limited: bool = False) -> None:
-        """The outcome of `trial`. Where the client could not keep up, nothing at this rate or above can be told."""
+        """The outcome of `trial`. A bound that holds though the client could not keep up holds; one that does not may
+        be the client's doing."""
         assert self.trial is not None
         rate, confirming = self.trial.rate_rps, self.trial.confirming
         self._tried += 1
-        if held and not client_limited:
+        if held:
             self._low = max(self._low, rate)
             self._confirmed = confirming
         else:

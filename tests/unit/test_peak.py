@@ -76,7 +76,9 @@ def test_ends() -> None:
 
 def test_a_client_that_does_not_keep_up_bounds_the_search_and_is_named() -> None:
     found, _ = search(lambda trial: (trial.rate_rps <= 5000, trial.rate_rps > 2000))
-    assert 1800 < found.rate_rps <= 2000 and "client-limited at" in found.reason
+    assert 4700 < found.rate_rps <= 5000 and "client-limited at" in found.reason
+    found, _ = search(lambda trial: (trial.rate_rps <= 2000, trial.rate_rps > 9000))
+    assert 1900 < found.rate_rps <= 2000 and not found.reason  # the end that matters was the target's
 
 
 def test_failed_requests_are_infinitely_slow() -> None:
