@@ -10,18 +10,20 @@ def rounds(targets: Sequence[str], blocks: int, seed: Sequence[int]) -> list[tup
     """`blocks` rounds, each naming every target once; an even number of rounds where there are several targets.
 
     Rounds come in pairs: an order, then its mirror, so that over a pair every target sits on average at the same
-    time and a linear drift cancels. The next pair starts from the order rotated by one, so that over n pairs every
-    target takes every place. Two targets give ABBA BAAB; more start from an order drawn by `seed`.
+    time and a linear drift cancels. The orders of n pairs are a Williams design: every target takes every place, and
+    follows every other equally often, so that what one leaves behind in caches hits all alike (E. J. Williams, 1949).
+    Two targets give ABBA BAAB; more start from an order drawn by `seed`.
     """
     if len(targets) == 1:
         return [tuple(targets)] * blocks
     base = list(targets)
     if len(base) > 2:
         base = [base[i] for i in np.random.default_rng(list(seed)).permutation(len(base))]
+    n = len(base)
+    steps = [(place + 1) // 2 if place % 2 else (n - place // 2) % n for place in range(n)]  # 0, 1, n-1, 2, n-2, …
     found: list[tuple[str, ...]] = []
     for pair in range(math.ceil(blocks / 2)):
-        turn = pair % len(base)
-        order = (*base[turn:], *base[:turn])
+        order = tuple(base[(step + pair) % n] for step in steps)
         found += [order, order[::-1]]
     return found
 

@@ -1,5 +1,6 @@
 """Block orders: every target as often, and on average at the same time, as every other."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -27,6 +28,9 @@ def test_each_pair_of_rounds_cancels_a_linear_drift(count: int) -> None:
         assert len(set(means.values())) == 1
     # Over as many pairs as there are targets, each is as often in each place.
     assert set(Counter((place, name) for one in found for place, name in enumerate(one)).values()) == {2}
+    # And follows each other one as often, within a round.
+    follows = Counter(pair for one in found for pair in itertools.pairwise(one))
+    assert len(follows) == count * (count - 1) and set(follows.values()) == {2}
 
 
 def test_an_odd_number_of_rounds_gets_its_mirror() -> None:
