@@ -40,9 +40,9 @@ TAKEN = {datatype: taken(datatype) for datatype in DTYPES}
 
 
 def no_warnings() -> None:
-    """NumPy warns of values that become infinity here, of which clients are told. Once per thread: a context manager
+    """NumPy warns of values that become infinity here, and of sums of infinities; clients are told. Once per thread: a context manager
     around each conversion would take longer than that."""
-    np.seterr(over="ignore")
+    np.seterr(over="ignore", invalid="ignore")
 
 
 def datatype(value: Any, wanted: Tensor) -> np.dtype[Any]:

@@ -19,6 +19,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
         assert server_still_answers(running)
         assert "Traceback" not in running.log()
+        assert "Warning" not in running.log()
 
 
 def server_still_answers(running: Running) -> bool:
@@ -129,6 +130,16 @@ def test_strings_among_numbers_take_no_memory(server: Running) -> None:
     refused(server.call("POST", INFER, body), 400)
     body["inputs"][0]["data"] = [[""] * 1_000_000, ["x" * 1_000_000]]
     refused(server.call("POST", INFER, body), 400)
+
+
+def test_infinity_of_both_signs_and_nan_in_bytes(server: Running) -> None:
+    for values in ([np.inf, -np.inf], [np.nan, 1.0], [3e38, 3e38]):
+        rows = np.resize(np.array(values, "<f4"), (1, 30))
+        head = json.dumps(
+            {"inputs": [{"name": "x", "shape": [1, 30], "datatype": "FP32", "parameters": {"binary_data_size": 120}}]}
+        ).encode()
+        answer = server.call("POST", INFER, head + rows.tobytes(), Inference_Header_Content_Length=str(len(head)))
+        assert answer.status == (200 if np.isfinite(rows).all() else 400)
 
 
 def test_nested_data_must_have_the_shape_it_says(server: Running) -> None:
