@@ -40,8 +40,8 @@ TAKEN = {datatype: taken(datatype) for datatype in DTYPES}
 
 
 def no_warnings() -> None:
-    """NumPy warns of values that become infinity here, and of sums of infinities; clients are told. Once per thread: a context manager
-    around each conversion would take longer than that."""
+    """NumPy warns of values that become infinity here, and of their sums; clients are told. Once per thread: a context
+    manager around each conversion would take longer than that."""
     np.seterr(over="ignore", invalid="ignore")
 
 
