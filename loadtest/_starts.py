@@ -163,23 +163,39 @@ def _units(values: "pd.Series[float]") -> Units:
     return Units(np.array(values, dtype=float), np.array(starts))
 
 
+def differences(ours: pd.DataFrame, base: pd.DataFrame, name: str) -> "pd.Series[float]":
+    """One log-ratio per start, by restart: ±inf where more quads than are trimmed are infinitely slow, NaN where there
+    is no figure."""
+    both = _quads(ours).join(_quads(base).add_suffix("_base"), how="inner")
+    return _differences(both, name).groupby("restart").agg(lambda values: _of_start(np.array(values, dtype=float)))
+
+
+def _differences(both: pd.DataFrame, name: str) -> "pd.Series[float]":
+    with np.errstate(invalid="ignore"):
+        found: pd.Series[float] = both[name] - both[f"{name}_base"]
+    return found
+
+
+def _of_start(quads: _stats.Floats) -> float:
+    """Where both targets are infinitely slow, neither is the slower one: such a quad says nothing, if they are few."""
+    said = quads[~np.isnan(quads)]
+    return _stats.trimmed(said) if len(said) and len(said) >= (1 - _stats.TRIM) * len(quads) else math.nan
+
+
 def _of_quantile(both: pd.DataFrame, name: str) -> Ratio:
     ours, base = both[name], both[f"{name}_base"]
     if not len(both):
         return Ratio(None, reason="no quad that both went through")
     if ours.isna().any() or base.isna().any():
         return Ratio(None, reason=f"blocks hold fewer than {_stats.MIN_MEDIAN[EVERY[name]]} requests")
-    with np.errstate(invalid="ignore"):
-        differences = ours - base
-    # Where both are infinitely slow, neither is the slower one: such a quad says nothing, if they are not many.
-    silent = differences.isna()
-    base = base[~silent]
-    units = _units(differences[~silent])
-    if silent.groupby("restart").mean().max() > _stats.TRIM or not np.isfinite(units.starts).all():
+    quads = _differences(both, name)
+    starts = np.array([_of_start(np.array(values, dtype=float)) for _, values in quads.groupby("restart")])
+    if not np.isfinite(starts).all():
         return Ratio(None, reason="it falls among failed requests, or none was answered")
-    found = _ratio(units, trim=True)
-    levels = np.exp([_stats.trimmed(of_start.to_numpy()) for _, of_start in base.groupby("restart")])
-    return _added(found, levels, units.starts)
+    said = quads.notna()
+    found = _ratio(Units(np.array(quads[said], dtype=float), starts), trim=True)
+    levels = np.exp([_stats.trimmed(np.array(level, dtype=float)) for _, level in base[said].groupby("restart")])
+    return _added(found, levels, starts)
 
 
 def _of_throughput(both: pd.DataFrame) -> Ratio:

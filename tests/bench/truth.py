@@ -27,8 +27,7 @@ import pandas as pd
 import tomli_w
 from scipy import stats
 
-from loadtest import _stats
-from loadtest._schema import Cell
+from loadtest import _cells, _folder, _starts, _stats
 from loadtest._summary import summarise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,11 +83,11 @@ def measure(out: Path, names: Sequence[str], most: int) -> None:
             stall(out, name)
             continue
         wanted = EXPERIMENTS[name]
-        while (left := wanted.starts - sum(len(found) for found in _folders(out, name).values())) > 0:
+        while (left := wanted.starts - _starts_of(out, name)) > 0:
             count = min(left, most)
             print(f"{name}: {count} of {left} starts that are left", flush=True)
             with _neighbour(wanted.noisy):
-                _run(out, name, wanted, count, seed=1 + len(_folders(out, name)))
+                _run(out, name, wanted, count, seed=1 + len(_runs(out / name)))
 
 
 def _run(out: Path, name: str, wanted: Experiment, starts: int, seed: int) -> None:
@@ -168,11 +167,9 @@ def _wait(url: str) -> None:
 def _sizes(out: Path) -> dict[str, str]:
     """What makes 2 % of p50, and 5 % of p99, from what was measured without: so the truth is known before it is looked
     for. Needs a run of the quiet A/A pairs; the tail's p99 is its long calls' time and what a request takes besides."""
-    cells = [cell for cells in _folders(out, "aa-quiet").values() for pair in cells for cell in pair]
-    levels = [cell.typical_p50_us.estimate for cell in cells if cell.typical_p50_us]
-    if not levels:
+    p50 = pairs(out, "aa-quiet").base_us
+    if math.isnan(p50):
         raise SystemExit("measure aa-quiet first: the size of the other effects comes from it")
-    p50 = float(np.mean(levels))
     p99 = p50 - SHORT_US + TAIL["spin_tail_us"]
     return {"p50_plus": f"{SHORT_US + 0.02 * p50:.1f}", "p99_plus": f"{TAIL['spin_tail_us'] + 0.05 * p99:.1f}"}
 
@@ -196,19 +193,14 @@ def _runs(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("2*/targets.json"))
 
 
-def _folders(out: Path, name: str) -> dict[Path, list[tuple[Cell, Cell]]]:
-    """Per run folder, its two cells once per start (so that their number counts starts)."""
-    found = {}
-    for run in _runs(out / name):
-        summary = summarise(run)
-        a, b = (next(cell for cell in summary.cells if cell.target == target) for target in "ab")
-        found[run] = [(a, b)] * summary.restarts
-    return found
+def _starts_of(out: Path, name: str) -> int:
+    return sum(summarise(run).restarts for run in _runs(out / name))
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Per start of b over a: the log-ratios at p50 and p99 (those that there are), and added µs at p50."""
+    """Per start of b over a: the log-ratios at p50 and p99, infinite where a start was starved and the report would give
+    no figure; added µs at p50; and the typical p50 of a."""
 
     p50: _stats.Floats
     p99: _stats.Floats
@@ -220,25 +212,30 @@ def pairs(out: Path, *names: str) -> Pairs:
     logs: dict[str, list[float]] = {"p50": [], "p99": []}
     added: list[float] = []
     bases: list[float] = []
-    for name in names:
-        for cells in _folders(out, name).values():
-            a, b = cells[0]
-            assert a.typical_p50_us is not None and b.ratio is not None
-            bases.append(a.typical_p50_us.estimate)
-            for quantile in logs:
-                logs[quantile] += [math.log(ratio) for ratio in getattr(b.ratio, quantile).per_start]
-            added += [bases[-1] * (ratio - 1) for ratio in b.ratio.p50.per_start]
-    return Pairs(np.array(logs["p50"]), np.array(logs["p99"]), np.array(added), float(np.mean(bases or [math.nan])))
+    for run in (run for name in names for run in _runs(out / name)):
+        cells = _cells.logs(_folder.read(run))
+        a, b = (next(log for key, log in cells.items() if key[0] == target) for target in "ab")
+        for quantile, found in logs.items():
+            found += _starts.differences(b, a, quantile).tolist()
+        levels = _starts.levels(a, "p50")
+        bases += levels.values()
+        ratios = _starts.differences(b, a, "p50")
+        added += [levels[restart] * math.expm1(ratios[restart]) for restart in levels]
+    return Pairs(
+        np.array(logs["p50"]), np.array(logs["p99"]), np.array(added), float(np.mean(bases)) if bases else math.nan
+    )
 
 
 def differs(values: _stats.Floats) -> bool:
-    """What a run of these starts says, by the code of the report: the interval leaves 0 out."""
+    """What a run of these starts says, as the report does: the interval leaves 0 out. Without a figure it says nothing."""
+    if not np.isfinite(values).all():
+        return False
     found = _stats.interval(_stats.location(values))
     return not found.low <= 0 <= found.high
 
 
 def seen(values: _stats.Floats) -> bool:
-    return _stats.interval(_stats.location(values)).low > 0
+    return bool(np.isfinite(values).all()) and _stats.interval(_stats.location(values)).low > 0
 
 
 def drawn(values: _stats.Floats, what: object, *, seed: int = 1) -> float:
@@ -292,14 +289,16 @@ def _alike(label: str, values: _stats.Floats) -> list[Row]:
     hits, runs, low, high = disjoint(shuffled, differs)
     said = f"{rate:.1%} of {DRAWS:,} redrawn runs; {hits} of {runs} disjoint ones ({low:.0%} to {high:.0%})"
     covered = f"{1 - rate:.1%}; {runs - hits} of {runs} ({1 - high:.0%} to {1 - low:.0%})"
-    at = _stats.location(values)
+    known = values[np.isfinite(values)]
+    at = _stats.location(known)
     z = at.mean / at.se
-    sd = float(np.std(values, ddof=1))
+    sd = float(np.std(known, ddof=1))
+    starved = f"; {len(values) - len(known)} starts were starved" * (len(known) < len(values))
     return [
         Row(f"{label}: {len(values)} pairs", "5 % called different", said, low <= 0.05 <= high),
         Row(f"{label}: coverage", "95 %", covered, low <= 0.05 <= high),
         Row(f"{label}: bias by order", "mean within 3 standard errors of 0",
-            f"{at.mean:+.3%}, {z:+.1f} standard errors; standard deviation over starts {sd:.2%}", abs(z) <= 3),
+            f"{at.mean:+.3%}, {z:+.1f} standard errors; standard deviation over starts {sd:.2%}{starved}", abs(z) <= 3),
     ]  # fmt: skip
 
 
@@ -316,7 +315,8 @@ def _effects(out: Path) -> list[Row]:
             continue
         rate = drawn(values, seen)
         hits, runs, low, high = disjoint(values, seen)
-        mean, sd = float(values.mean()), float(values.std(ddof=1))
+        known = values[np.isfinite(values)]
+        mean, sd = float(known.mean()), float(known.std(ddof=1))
         said = (
             f"{rate:.1%} of redrawn runs of {len(values)} starts; {hits} of {runs} disjoint ones ({low:.0%} to "
             f"{high:.0%}); mean {math.expm1(mean):+.2%}, standard deviation over starts {sd:.2%}"
