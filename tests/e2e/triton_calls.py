@@ -5,16 +5,33 @@ Runs in an environment of its own, which has tritonclient and none of this proje
 
 import asyncio
 import sys
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tritonclient.http as sync
 import tritonclient.http.aio as aio
+from tritonclient.http.aio.auth import BasicAuth as AsyncBasicAuth
+from tritonclient.http.auth import BasicAuth
 from tritonclient.utils import InferenceServerException
 
 URL, DATA = sys.argv[1], Path(sys.argv[2])
 ROWS, LABELS = (np.load(DATA / "knn.npz")[name] for name in ("rows", "labels"))
+
+
+def watched(kind: Any) -> Any:
+    """The client, which knows what has not been asked of it yet."""
+    left = {name for base in kind.__mro__[:-1] for name in vars(base) if not name.startswith("_")}
+
+    class Watched(kind):  # type: ignore[misc]
+        not_called = left
+
+        def __getattribute__(self, name: str) -> Any:
+            left.discard(name)
+            return super().__getattribute__(name)
+
+    return Watched
 
 
 def tensor(values: Any, datatype: str = "FP32", binary: bool = True) -> Any:
@@ -137,26 +154,56 @@ def repository(client: Any) -> None:
     refused(lambda: client.load_model("knn", config='{"name": "knn"}'), "400", "start")
 
 
-def not_offered(client: Any) -> None:
-    calls = {
+def parts(client: Any) -> None:
+    """A request's body made by the client, sent by hand, and its answer read by the client."""
+    outputs = [sync.InferRequestedOutput("votes"), sync.InferRequestedOutput("label", binary_data=False)]
+    body, size = client.generate_request_body([tensor(ROWS[:9])], outputs=outputs, request_id="by hand")
+    line = HTTPConnection(URL, timeout=60)
+    line.request("POST", "/v2/models/knn/infer", body, {"Inference-Header-Content-Length": str(size)})
+    answer = line.getresponse()
+    length = int(answer.headers["Inference-Header-Content-Length"])
+    found = client.parse_response_body(answer.read(), header_length=length)
+    line.close()
+    assert np.array_equal(found.as_numpy("label"), LABELS[:9])
+    assert found.as_numpy("votes").shape == (9,)
+    assert found.get_output("label")["datatype"] == "INT64"
+    assert found.as_numpy("nothing") is None
+
+
+def plugin(client: Any) -> None:
+    client.register_plugin(BasicAuth("user", "word"))
+    assert client.plugin() is not None
+    assert client.is_server_live()
+    client.unregister_plugin()
+
+
+def refusals(client: Any) -> dict[str, list[Any]]:
+    return {
         "shared memory": [
             client.get_system_shared_memory_status, client.get_cuda_shared_memory_status,
-            lambda: client.get_system_shared_memory_status("r"),
+            lambda: client.get_system_shared_memory_status("r"), lambda: client.get_cuda_shared_memory_status("r"),
             lambda: client.register_system_shared_memory("r", "/r", 8),
             lambda: client.register_cuda_shared_memory("r", b"", 0, 8),
             client.unregister_system_shared_memory, client.unregister_cuda_shared_memory,
-            lambda: client.unregister_system_shared_memory("r"),
+            lambda: client.unregister_system_shared_memory("r"), lambda: client.unregister_cuda_shared_memory("r"),
         ],
-        "tracing": [client.get_trace_settings, lambda: client.update_trace_settings("knn", {"trace_rate": "1"})],
+        "tracing": [
+            client.get_trace_settings, lambda: client.get_trace_settings("knn"),
+            lambda: client.update_trace_settings("knn", {"trace_rate": "1"}),
+            lambda: client.update_trace_settings(settings={"trace_rate": "1"}),
+        ],
         "logging": [client.get_log_settings, lambda: client.update_log_settings({"log_info": True})],
     }  # fmt: skip
-    for words, asked in calls.items():
+
+
+def not_offered(client: Any) -> None:
+    for words, asked in refusals(client).items():
         for call in asked:
             refused(call, "501", words)
 
 
 async def asynchronous() -> None:
-    async with aio.InferenceServerClient(URL) as client:
+    async with watched(aio.InferenceServerClient)(URL) as client:
         assert await client.is_server_live()
         assert await client.is_server_ready()
         assert await client.is_model_ready("knn")
@@ -170,7 +217,7 @@ async def asynchronous() -> None:
 
         async def ask(number: int) -> None:
             packing = (None, "gzip", "deflate")[number % 3]
-            rows = slice(number, number + 1 + 20 * (number % 9))
+            rows = slice(number, number + 1 + 10 * (number % 9))
             found = await client.infer(
                 "knn", [tensor(ROWS[rows], binary=bool(number % 2))],
                 request_compression_algorithm=packing, response_compression_algorithm=packing,
@@ -178,20 +225,34 @@ async def asynchronous() -> None:
             assert np.array_equal(found.as_numpy("label"), LABELS[rows])
 
         await asyncio.gather(*map(ask, range(64)))
-        for call in (client.get_system_shared_memory_status, client.get_trace_settings, client.get_log_settings):
-            try:
-                await call()
-            except InferenceServerException as error:
-                assert "501" in str(error) and "not offered" in str(error), error
-            else:
-                raise AssertionError("wanted a refusal")
+        for words, asked in refusals(client).items():
+            for call in asked:
+                try:
+                    await call()
+                except InferenceServerException as error:
+                    assert "501" in str(error), error
+                    assert words in str(error), error
+                else:
+                    raise AssertionError("wanted a refusal")
+        body, size = client.generate_request_body([tensor(ROWS[:1])])
+        assert 0 < size < len(body)
+        answer = b'{"outputs": [{"name": "label", "datatype": "INT64", "shape": [1], "data": [1]}]}'
+        assert client.parse_response_body(answer).as_numpy("label").tolist() == [1]
+        client.register_plugin(AsyncBasicAuth("user", "word"))
+        assert client.plugin() is not None
+        assert await client.is_server_live()
+        client.unregister_plugin()
+    await client.close()
+    assert not client.not_called, client.not_called
 
 
 def main() -> None:
-    with sync.InferenceServerClient(URL, concurrency=4) as client:
-        for part in (facts, inference, datatypes, errors, statistics, repository, not_offered):
+    with watched(sync.InferenceServerClient)(URL, concurrency=4) as client:
+        for part in (facts, inference, datatypes, errors, statistics, repository, parts, plugin, not_offered):
             part(client)
             print(f"{part.__name__}: right")
+    client.close()
+    assert not client.not_called, client.not_called
     asyncio.run(asynchronous())
     print("asynchronous: right")
 
