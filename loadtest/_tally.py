@@ -8,7 +8,9 @@ imported: the caller hands its objects in.
 """
 
 import csv
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,7 +113,13 @@ def show_truth(locust_stats: Any) -> None:
             write(csv.writer(file))
         close(self)
 
+    def as_json(stats: Any) -> str:
+        """As Locust writes it; but it also empties the rows, which are still to go into the CSV files."""
+        return json.dumps([entry.serialize() for entry in stats.entries.values() if entry.num_requests], indent=4)
+
     close = locust_stats.StatsCSVFileWriter.close_files
+    locust_stats.print_stats_json = lambda stats: print(as_json(stats))
+    locust_stats.save_stats_json = lambda stats, name: Path(f"{name}.json").write_text(as_json(stats))
     locust_stats.StatsCSVFileWriter.close_files = close_files
     locust_stats.calculate_response_time_percentile = percentile
     locust_stats.StatsEntry.median_response_time = property(lambda entry: entry.get_response_time_percentile(0.5))
