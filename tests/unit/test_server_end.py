@@ -80,7 +80,8 @@ def test_16_busy_connections_lose_nothing(tmp_path: Path, model: str) -> None:
 
 
 def test_who_is_in_the_accept_queue_is_answered(tmp_path: Path) -> None:
-    """40 connections, each with a request, that the server sees together with the signal, and it sees that first."""
+    """40 connections, each with a request, that the server sees together with the signal, in either order: an answer
+    made before it saw that says nothing of a close."""
     body = json.dumps(KNN).encode()
     asked = b"POST /v2/models/knn/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     with serving(tmp_path, "--model", "knn") as running, contextlib.ExitStack() as kept:
@@ -92,7 +93,6 @@ def test_who_is_in_the_accept_queue_is_answered(tmp_path: Path) -> None:
         for line in lines:
             answer = parse(b"".join(iter(lambda line=line: line.recv(65536), b"")))
             assert answer.status == 200
-            assert answer.headers["connection"] == "close"
         ended(running)
 
 
