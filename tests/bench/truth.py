@@ -261,9 +261,12 @@ class Row:
     must: str
     found: str
     holds: bool | None
+    enough: bool = True  # runs, that is: with too few a row that does not fail is open
 
     def text(self) -> str:
         verdict = {True: "holds", False: "**FAILS**", None: "not measured"}[self.holds]
+        if self.holds and not self.enough:
+            verdict = "open: too few runs to fail, or to hold"
         return f"| {self.experiment} | {self.must} | {self.found} | {verdict} |"
 
 
@@ -279,15 +282,17 @@ def table(out: Path) -> list[Row]:
             if len(values) < 2 * PER_RUN:
                 rows.append(Row(f"{label}, {quantile}", "5 % called different", f"{len(values)} starts only", None))
                 continue
-            rows += _alike(f"{label}, {quantile}", values)
+            wanted = sum(EXPERIMENTS[name].starts for name in names)
+            rows += _alike(f"{label}, {quantile}", values, wanted)
     return rows + _effects(out) + stalls(out)
 
 
-def _alike(label: str, values: _stats.Floats) -> list[Row]:
+def _alike(label: str, values: _stats.Floats, wanted: int) -> list[Row]:
     shuffled = np.random.default_rng(7).permutation(values)  # disjoint runs mix quiet and noisy pairs
     rate = drawn(values, differs)
     hits, runs, low, high = disjoint(shuffled, differs)
     said = f"{rate:.1%} of {DRAWS:,} redrawn runs; {hits} of {runs} disjoint ones ({low:.0%} to {high:.0%})"
+    label, enough = f"{label}: {len(values)} of {wanted} pairs", len(values) >= wanted
     covered = f"{1 - rate:.1%}; {runs - hits} of {runs} ({1 - high:.0%} to {1 - low:.0%})"
     known = values[np.isfinite(values)]
     at = _stats.location(known)
@@ -295,10 +300,10 @@ def _alike(label: str, values: _stats.Floats) -> list[Row]:
     sd = float(np.std(known, ddof=1))
     starved = f"; {len(values) - len(known)} starts were starved" * (len(known) < len(values))
     return [
-        Row(f"{label}: {len(values)} pairs", "5 % called different", said, low <= 0.05 <= high),
-        Row(f"{label}: coverage", "95 %", covered, low <= 0.05 <= high),
-        Row(f"{label}: bias by order", "mean within 3 standard errors of 0",
-            f"{at.mean:+.3%}, {z:+.1f} standard errors; standard deviation over starts {sd:.2%}{starved}", abs(z) <= 3),
+        Row(label, "5 % called different", said, low <= 0.05 <= high, enough),
+        Row(f"{label}, coverage", "95 %", covered, low <= 0.05 <= high, enough),
+        Row(f"{label}, bias by order", "mean within 3 standard errors of 0",
+            f"{at.mean:+.3%}, {z:+.1f} standard errors; standard deviation over starts {sd:.2%}{starved}", abs(z) <= 3, enough),
     ]  # fmt: skip
 
 
@@ -321,7 +326,7 @@ def _effects(out: Path) -> list[Row]:
             f"{rate:.1%} of redrawn runs of {len(values)} starts; {hits} of {runs} disjoint ones ({low:.0%} to "
             f"{high:.0%}); mean {math.expm1(mean):+.2%}, standard deviation over starts {sd:.2%}"
         )
-        rows.append(Row(label, wanted, said, high >= must))
+        rows.append(Row(label, wanted, said, high >= must, rate >= must and runs > 1))
     ten = pairs(out, "spin-200-210")
     label, wanted = "spin 200 against 210 µs, 10 starts", "interval holds +10 µs, half-width ≤ 3 µs"
     if len(ten.added_us) < PER_RUN:
@@ -361,6 +366,20 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def conditions(out: Path) -> str:
+    """Where and when, and how busy the machine was with other things."""
+    found = [summarise(run) for name in EXPERIMENTS for run in _runs(out / name)]
+    if not found:
+        return "No run yet."
+    days = sorted({str(one.started)[:10] for one in found})
+    loads = [one.load_average["before"][0] for one in found if one.load_average["before"]]  # type: ignore[index]
+    machine = found[0].machine
+    return (
+        f"{len(found)} runs, {' and '.join(days)}, {machine.get('cpu_model')}, {machine.get('threads')} CPUs"
+        f"{', itself a guest' * bool(machine.get('nested'))}; load average before a run {min(loads):.1f} to {max(loads):.1f}:"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["measure", "table"])
@@ -372,7 +391,8 @@ def main() -> None:
     if given.command == "measure":
         measure(given.out.absolute(), given.only or [*EXPERIMENTS, *STALLS], given.starts)
         return
-    text = markdown(table(given.out.absolute()))
+    out = given.out.absolute()
+    text = f"{conditions(out)}\n\n{markdown(table(out))}"
     print(text)
     if given.write:
         before, _, rest = DOCUMENT.read_text().partition(BEGIN)

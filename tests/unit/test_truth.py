@@ -29,7 +29,7 @@ def test_a_measurement_that_is_true_holds_in_every_row(tmp_path: Path) -> None:
     measured(tmp_path, "spin-200-210", 10, 1.05, sd=0.005)
     found = {name: row for name, row in rows(tmp_path).items() if not name.startswith("stalls")}
     assert {name: row.holds for name, row in found.items()} == dict.fromkeys(found, True)
-    called = found["A/A, p50: 120 pairs"].found
+    called = found["A/A, p50: 120 of 120 pairs"].found
     share = float(called.partition("%")[0])
     assert 2 < share < 9 and "of 12 disjoint ones" in called
 
@@ -39,10 +39,19 @@ def test_a_bias_by_order_and_an_effect_that_is_missed_fail(tmp_path: Path) -> No
     measured(tmp_path, "p50-plus-2", 20, 1.02, sd=0.05)
     measured(tmp_path, "spin-200-210", 10, 1.0, sd=0.005)
     found = rows(tmp_path)
-    assert found["A/A, quiet, p50: bias by order"].holds is False
-    assert found["+2 % at p50 (spin), 10 starts × 12 s"].holds is not None
+    assert found["A/A, quiet, p50: 60 of 60 pairs, bias by order"].holds is False
+    assert found["+2 % at p50 (spin), 10 starts × 12 s"].holds is False
     assert found["spin 200 against 210 µs, 10 starts"].holds is False
     assert "**FAILS**" in truth.markdown(list(found.values()))
+
+
+def test_too_few_runs_neither_hold_nor_fail(tmp_path: Path) -> None:
+    measured(tmp_path, "aa-quiet", 20)
+    measured(tmp_path, "p50-plus-2", 10, 1.02)
+    found = rows(tmp_path)
+    assert found["A/A, quiet, p50: 20 of 60 pairs"].text().endswith("open: too few runs to fail, or to hold |")
+    assert "1 of 1 disjoint" in found["+2 % at p50 (spin), 10 starts × 12 s"].found
+    assert "open" in found["+2 % at p50 (spin), 10 starts × 12 s"].text()
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
