@@ -1,7 +1,8 @@
-"""python -m tests.bench.soak [--requests 1000000]: does the server grow?
+"""python -m tests.bench.soak [--requests 1000000] [--write]: does the server grow?
 
 Mixed requests at full rate over 16 connections, each of which is closed after some and opened again, some in the middle
-of a request; the server's file descriptors and memory are looked at 20 times. Prints them; asserts nothing.
+of a request; the server's file descriptors and memory are looked at 20 times. Prints them; asserts nothing. --write
+puts them into docs/performance.md.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 import psutil
 import uvloop
 
+from tests.bench.tables import put, table
 from tests.unit.serving import DATA, Running, request, serving
 
 CONNECTIONS = 16
@@ -148,15 +150,20 @@ def soak(running: Running, requests: int, looks: int = LOOKS) -> tuple[list[Look
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1_000_000)
+    parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
     models = ["--model", "knn", "--model", "dnn", "--model", "null"]
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder), *models) as running:
         looks, told = soak(running, chosen.requests)
-    print("| requests | s | file descriptors | RSS MiB |\n|---|---|---|---|")
-    for one in looks:
-        print(f"| {one.requests:,} | {one.seconds:.0f} | {one.fds} | {one.rss_mib:.1f} |")
-    print(f"\n{dict(told)}; {looks[-1].requests / looks[-1].seconds:,.0f} requests/s; "
-          f"RSS grew by {looks[-1].rss_mib - looks[0].rss_mib:.1f} MiB from the first look to the last")  # fmt: skip
+    rows = [(f"{one.requests:,}", f"{one.seconds:.0f}", str(one.fds), f"{one.rss_mib:.1f}") for one in looks]
+    text = table(("requests", "s", "file descriptors", "RSS MiB"), rows)
+    text += (
+        f"\n\nAnswered as they should be: {told['right']:,} of {told.total():,}. "
+        f"From the first look to the last RSS grew by {looks[-1].rss_mib - looks[0].rss_mib:.1f} MiB; the aim is 2."
+    )
+    print(text)
+    if chosen.write:
+        put("soak", text)
 
 
 if __name__ == "__main__":
