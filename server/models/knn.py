@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from server.models.base import Array, BadInput, Batch, Model, Tensor, known
 
 DATA = Path(__file__).resolve().parent / "data"
+MOST_NEIGHBOURS = 2**21  # that are held at once: 32 MiB of places and distances
 SCORES_MIB = 32  # the most that is scored at once; fewer where the sgemm gains nothing and the cache is left
 PAIRS = 2**18  # candidates that are decided at once, unless one query has more
 BLOCK = 2**16  # float64 numbers of differences that are held at once: half a MiB, for the cache
@@ -243,11 +244,21 @@ class KNN(Model):
 
     def predict(self, batch: Batch) -> dict[str, Array]:
         """Of neighbours, their places in the data set and their distances, nearest first: shape (rows, k)."""
-        asked = batch.inputs["x"]
+        asked, k = batch.inputs["x"], batch.parameters.get("k", K)
+        step = max(1, MOST_NEIGHBOURS // k)
+        if len(asked) <= step:
+            return self._part(asked, k)
+        if {"neighbours", "distances"} & set(batch.outputs):
+            raise BadInput(f"model {self.name} gives neighbours of at most {step} rows at once where k is {k}; found "
+                           f"{len(asked)} rows")  # fmt: skip
+        parts = [self._part(asked[first : first + step], k) for first in range(0, len(asked), step)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in ("label", "votes")}
+
+    def _part(self, asked: Array, k: int) -> dict[str, Array]:
         if self._set.unit is None:
             asked = (asked.astype(np.float64) - self._mean) * self._scale
         start = time.monotonic_ns()
-        found, distances = self._neighbours.nearest(asked, batch.parameters.get("k", K))
+        found, distances = self._neighbours.nearest(asked, k)
         labels, votes = self._neighbours.vote(found)
         scored = self._neighbours.scored_ns
         self.stages = {"score": scored, "decide": time.monotonic_ns() - start - scored}

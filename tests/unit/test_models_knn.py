@@ -209,6 +209,22 @@ def test_an_answer_does_not_depend_on_its_batch(model: KNN, known: tuple[Any, An
             assert np.array_equal(np.concatenate(parts), values)
 
 
+def test_many_rows_with_every_neighbour_stay_within_memory(model: KNN, known: tuple[Any, Any]) -> None:
+    queries = near(known[0], 8, 30_000)
+    tracemalloc.start()
+    try:
+        found = model.predict(Batch({"x": queries}, {"k": 569}, ("label", "votes")))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 150 * 2**20  # all places and distances at once would take 260 MiB
+    part = model.predict(Batch({"x": queries[5000:5050]}, {"k": 569}))
+    assert np.array_equal(found["label"][5000:5050], part["label"])
+    assert np.array_equal(found["votes"][5000:5050], part["votes"])
+    with pytest.raises(BadInput, match="neighbours of at most 3685 rows"):
+        model.predict(Batch({"x": queries}, {"k": 569}, ("neighbours",)))
+
+
 def test_huge_and_far_rows_have_answers(model: KNN) -> None:
     rows = np.array([np.full(30, 3e38), np.full(30, -3e38), np.zeros(30), np.full(30, 1e-40)], dtype=np.float32)
     found = model.predict(Batch({"x": rows}))
