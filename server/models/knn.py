@@ -251,8 +251,12 @@ class KNN(Model):
         if {"neighbours", "distances"} & set(batch.outputs):
             raise BadInput(f"model {self.name} gives neighbours of at most {step} rows at once where k is {k}; found "
                            f"{len(asked)} rows")  # fmt: skip
-        parts = [self._part(asked[first : first + step], k) for first in range(0, len(asked), step)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in ("label", "votes")}
+        results = {name: np.empty(len(asked), dtype=np.int64) for name in ("label", "votes")}
+        for first in range(0, len(asked), step):
+            part = self._part(asked[first : first + step], k)
+            for name, values in results.items():
+                values[first : first + step] = part[name]
+        return results
 
     def _part(self, asked: Array, k: int) -> dict[str, Array]:
         if self._set.unit is None:
