@@ -91,7 +91,7 @@ def _literal(body: Sequence[ast.stmt], name: str, file: str) -> Any:
             assert isinstance(node, ast.Assign | ast.AnnAssign)
             try:
                 return node.value and ast.literal_eval(node.value)
-            except ValueError as error:
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
                 raise UsageError(
                     f"{file}:{node.lineno}: {name} wants to be written out, so that it can be read"
                 ) from error

@@ -1,6 +1,7 @@
 """The routes: the Open Inference Protocol, what this target is, batch jobs, metrics."""
 
 import asyncio
+import math
 import re
 import time
 import uuid
@@ -22,7 +23,7 @@ from server.log import log
 from server.metrics import Calls, Exposition, Requests
 from server.models.base import BadInput, Model
 from server.timing import header, stages
-from server.worker import Watch
+from server.worker import INLINE_S, Overdue, Watch
 
 VERSION = "1"
 
@@ -64,6 +65,11 @@ class _Served:
         self.loaded = True
         self.calls = Calls()
         self.requests = {version: Requests(self.calls) for version in model.versions}
+        #: An answer to one row is.
+        self.small = (
+            all(min(one.shape[1:], default=1) > 0 for one in model.outputs)
+            and sum(8 * math.prod(one.shape[1:]) for one in model.outputs) < INLINE_BODY
+        )
         self.batcher = Batcher(model, limits, watch, self.calls)
 
 
@@ -74,7 +80,7 @@ class Service:
         self, models: Sequence[Model], limits: Limits, *, label: str | None, jobs: Jobs | None, timing: bool
     ) -> None:
         tensors.no_warnings()
-        watch = Watch()
+        watch = self._watch = Watch()
         self._served = {model.name: _Served(model, limits, watch) for model in models}
         self._limits, self._label, self._jobs, self._timing = limits, label, jobs, timing
         self._most = limits.max_body_mib * 2**20
@@ -315,7 +321,7 @@ class Service:
                 if request.transport is None:
                     raise ConnectionResetError
             else:
-                wanted = protocol.parse(body, served.model, json_bytes)
+                wanted = self._parse(body, served.model, json_bytes)
             call = Call(wanted, time.monotonic_ns())
             connection.waiting = call
             if not served.batcher.at_once(call, others=bool(self.connections.arriving)):
@@ -325,7 +331,8 @@ class Service:
                 raise call.error
             resumed = time.monotonic_ns()
             accepted = headers.get(hdrs.ACCEPT_ENCODING, "")
-            if large or (call.rows > 1 and sum(values.nbytes for values in call.results.values()) > INLINE_BODY):
+            small = call.rows == 1 and served.small
+            if large or (not small and sum(values.nbytes for values in call.results.values()) > INLINE_BODY):
                 loop = asyncio.get_running_loop()
                 content, more, media = await loop.run_in_executor(
                     self._large, _serialised, served.model, version, call, accepted
@@ -347,6 +354,17 @@ class Service:
         answered = Answer(content, headers=more, media=media)
         answered.written = lambda: counts.write.add(time.monotonic_ns() - serialised)
         return answered
+
+    def _parse(self, body: bytes, model: Model, json_bytes: str | None) -> protocol.Request:
+        """Raises Failed where the model's own check of the parameters does not return."""
+        try:
+            self._watch.since_ns = time.monotonic_ns()
+            try:
+                return protocol.parse(body, model, json_bytes)
+            finally:
+                self._watch.since_ns = 0
+        except Overdue:
+            raise Failed(f"model {model.name} did not check the parameters within {INLINE_S:g} s") from None
 
     def _named(self, parts: Parts) -> _Served:
         found = self._known(parts)

@@ -6,7 +6,8 @@ Nothing here imports NumPy before a model is made: its threads are chosen first.
 import argparse
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ def _own(word: str) -> "Model":
         raise ValueError(f"there is no file {file}; wanted MY_FILE.py:CLASS")
     spec = importlib.util.spec_from_file_location(f"model_{path.stem}", path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -102,7 +103,10 @@ def _own(word: str) -> "Model":
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
         raise ValueError(f"{file} has no class {name!r}; its classes are: {', '.join(classes) or 'none'}")
     # Its own class comes first, so Model gives only what is missing.
-    kind: Any = found if issubclass(found, Model) else type(name, (found, Model), {})
+    kind: Any = found
+    if not issubclass(found, Model) or found.__hash__ is None:  # a dataclass has none, and each model is one of its own
+        bases = (found,) if issubclass(found, Model) else (found, Model)
+        kind = type(name, bases, {"__hash__": object.__hash__, "__eq__": object.__eq__})
     try:
         model: Model = kind()
     except (Exception, SystemExit) as error:
@@ -121,6 +125,8 @@ def _check(model: "Model", word: str) -> None:
         raise ValueError(f"{word} lacks {', '.join(lacks)}; a model has {', '.join(REQUIRED)}")
     if not isinstance(model.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", model.name):
         raise ValueError(f"{word} wants a name of letters, digits, '.', '_' or '-'; found {model.name!r}")
+    if model.name == "stats":
+        raise ValueError(f"{word} is called 'stats', which is a route of the server; give it another name")
     for key in ("inputs", "outputs"):
         found = getattr(model, key)
         try:
@@ -130,7 +136,18 @@ def _check(model: "Model", word: str) -> None:
             fits = False
         if not fits:
             raise ValueError(f'{word} wants {key} like (Tensor("x", "FP32", (-1, 4)),), rows first; found {found!r}')
+        if len({tensor.name for tensor in tensors}) < len(tensors):
+            raise ValueError(f"{word} has two {key} of one name: {', '.join(tensor.name for tensor in tensors)}")
         setattr(model, key, tensors)
+    versions = model.versions
+    if not isinstance(versions, tuple | list) or not versions or not all(_is_version(one) for one in versions):
+        raise ValueError(f'{word} wants versions like ("1",); found {versions!r}')
+    if not isinstance(model.settings, Mapping) or not isinstance(model.stages, Mapping):
+        raise ValueError(f"{word} wants dictionaries for settings and stages")
+
+
+def _is_version(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9._-]+", value) is not None
 
 
 def _can_be(tensor: "Tensor", rows_first: bool) -> bool:

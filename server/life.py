@@ -45,7 +45,8 @@ async def serve(service: Service, host: str, port: int, access_log: logging.Logg
         await first.wait()
         log("stopping")
         book.stopping = True
-        await _let_in(listener.sockets[0].fileno())
+        for one in listener.sockets:
+            await _let_in(one.fileno())
         listener.close()
         over = time.monotonic() + grace_s
         await service.stop_jobs()

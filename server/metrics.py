@@ -188,5 +188,8 @@ class Exposition:
         registry = CollectorRegistry()
         registry.register(self)
         ProcessCollector(registry=registry)
-        encode, media = choose_encoder(accepted)
+        try:
+            encode, media = choose_encoder(accepted)
+        except (TypeError, ValueError):  # it asks for a version that is none
+            encode, media = choose_encoder("")
         return encode(registry), media

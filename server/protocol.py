@@ -18,6 +18,7 @@ from server.models.base import Array, BadInput, Batch, Model, Tensor
 from server.tensors import kind, short
 
 # Hints to a scheduler that tritonclient sends. Every request here has the same priority.
+LARGE, MOST_OBJECTS = 2**15, 10_000
 HINTS = ("timeout", "priority")
 
 
@@ -83,6 +84,8 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
     length = _length(json_bytes, len(body))
     if length == 0:
         return _bare(body, model)
+    if len(body) > LARGE and body.count(b"{", 0, length) > MOST_OBJECTS:  # which take long to be made, for everybody
+        raise BadInput(f"wanted at most {MOST_OBJECTS} objects in a request; found more")
     try:
         message = orjson.loads(body if length is None else memoryview(body)[:length])
     except orjson.JSONDecodeError as error:
@@ -239,7 +242,7 @@ def check_results(model: Model, batch: Batch, results: Mapping[str, Array]) -> N
 
 
 def response(model: Model, version: str, request: Request, results: Mapping[str, NDArray[Any]]) -> Response:
-    """The answer, with the outputs asked for, in that order."""
+    """The answer, with the outputs asked for, in that order. Raises BadInput where JSON cannot hold them."""
     message: dict[str, Any] = {"model_name": model.name, "model_version": version}
     if request.id is not None:
         message["id"] = request.id
@@ -252,6 +255,9 @@ def response(model: Model, version: str, request: Request, results: Mapping[str,
             tail.append(values.tobytes())
             output["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise BadInput(f"output {name!r} has values that are not finite, which JSON cannot hold; ask for it "
+                               "with binary_data")  # fmt: skip
             output["data"] = np.ascontiguousarray(values).reshape(-1)
         described.append(output)
     message["outputs"] = described

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from server.models.base import Array, Batch, Model, Tensor
+from server.models.base import Array, BadInput, Batch, Model, Tensor
 
 LAYERS = (784, 800, 800, 10)
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -244,4 +244,6 @@ class DNN(Model):
 
     def predict(self, batch: Batch) -> dict[str, Array]:
         probabilities = self._network.probabilities(batch.inputs["x"])
+        if not math.isfinite(np.add.reduce(probabilities, None)):
+            raise BadInput("model dnn wants values whose products stay finite in FP32; found larger ones")
         return {"label": probabilities.argmax(axis=1), "probabilities": probabilities}

@@ -165,6 +165,24 @@ class CheckExits(Own):
             raise SystemExit("such parameters")
 
 
+class CheckHangs(Own):
+    name = "check-hangs"
+
+    def check(self, parameters: Any) -> None:
+        while parameters:
+            pass
+
+
+class NotFinite(Own):
+    """Divides by the first number, which may be 0."""
+
+    name = "not-finite"
+
+    def predict(self, batch: Batch) -> Any:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return {"y": (np.float32(1) / batch.inputs["x"][:, 0]).astype(np.float32)}
+
+
 class Several(Model):
     """Three inputs of different types."""
 

@@ -94,6 +94,14 @@ def test_a_file_of_ones_own_is_served(tmp_path: Path) -> None:
         assert server.infer("null", np.zeros((1, 2))).status == 200
 
 
+def test_a_model_may_be_a_dataclass(tmp_path: Path) -> None:
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Double:"
+    (tmp_path / "mine.py").write_text(changed("\nimport numpy as np\n\nclass Double:", f"{head}\n    import numpy as np\n")
+                                      .replace("np.float32(2)", "2"))  # fmt: skip
+    with serving(tmp_path, "--model", f"{tmp_path}/mine.py:Double") as server:
+        assert outputs(server.infer("double", np.ones((1, 2))))["y"].tolist() == [[2, 2]]
+
+
 def changed(old: str, new: str) -> str:
     assert old in OWN
     return OWN.replace(old, new)
@@ -113,6 +121,11 @@ def changed(old: str, new: str) -> str:
         (changed("inputs =", "input ="), ["lacks inputs"]),
         (changed('"double"', '"a/b"'), ["wants a name", "'a/b'"]),
         (changed('"double"', "5"), ["wants a name", "5"]),
+        (changed('"double"', '"stats"'), ["'stats'", "another name"]),
+        (changed('"double"', '"double"; versions = ()'), ["wants versions", "()"]),
+        (changed('"double"', '"double"; versions = (1, 2)'), ["wants versions", "(1, 2)"]),
+        (changed('"double"', '"double"; settings = None'), ["settings and stages"]),
+        (changed('(("x", "FP32", (-1, 2)),)', '(("x", "FP32", (-1, 2)), ("x", "FP32", (-1, 2)))'), ["two inputs of one name"]),
         (changed('(("x", "FP32", (-1, 2)),)', '("x", "FP32", (-1, 2))'), ["wants inputs like", "found"]),
         (changed('("y", "FP32", (-1, 2))', '("y", "BYTES", (-1, 2))'), ["wants outputs like", "BYTES"]),
         (changed('("y", "FP32", (-1, 2))', '("y", "FP32", (1, 2))'), ["wants outputs like", "rows first"]),

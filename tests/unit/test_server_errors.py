@@ -254,3 +254,17 @@ def parse(raw: bytes) -> Answer:
     lines = head.decode().split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
     return Answer(int(lines[0].split()[1]), headers, body)
+
+
+def test_too_many_objects_are_refused_before_they_are_made(server: Running) -> None:
+    body = b'{"inputs":[{"name":"x","shape":[1,30],"datatype":"FP32","data":[' + b'{"":0},' * 20_000 + b"0]}]}"
+    refused(server.call("POST", INFER, body), 400, "objects")
+
+
+def test_finite_values_whose_products_are_not(server: Running) -> None:
+    refused(server.infer("dnn", np.full((1, 784), 3e38)), 400, "dnn", "finite")
+
+
+def test_a_version_of_the_exposition_that_is_none(server: Running) -> None:
+    answer = server.call("GET", "/metrics", Accept="application/openmetrics-text;version=q")
+    assert answer.status == 200 and answer.body.startswith(b"# HELP")

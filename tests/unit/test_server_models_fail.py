@@ -25,7 +25,7 @@ MODELS = ("fails", "fails-in-thread")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    names = own("Fails", "FailsInThread", "LoadsOnce", "LoadHangs", "CheckExits")
+    names = own("Fails", "FailsInThread", "LoadsOnce", "LoadHangs", "CheckExits", "CheckHangs", "NotFinite")
     with serving(tmp_path_factory.mktemp("server"), "--model", "knn", *names, "--model-timeout", "1") as running:
         yield running
         assert "Traceback" not in running.log()
@@ -43,6 +43,21 @@ def failed(running: Running, answer: Answer, word: str = "") -> None:
     assert mark
     (line,) = (line for line in running.log().splitlines() if mark[1] in line)
     assert word in line
+
+
+def test_a_check_that_does_not_return(server: Running) -> None:
+    failed(server, server.infer("check-hangs", np.zeros((1, 2)), parameters={"k": 1}), "did not check")
+    assert outputs(ask(server, "check-hangs", 4))["y"].tolist() == [4]
+
+
+def test_what_json_cannot_hold_goes_out_as_bytes_alone(server: Running) -> None:
+    answer = ask(server, "not-finite", 0)
+    assert answer.status == 400 and "binary_data" in answer.json["error"]
+    rows = np.zeros((1, 2))
+    told = server.infer("not-finite", rows, outputs=[{"name": "y", "parameters": {"binary_data": True}}])
+    assert told.status == 200
+    tail = told.body[int(told.headers["inference-header-content-length"]) :]
+    assert np.frombuffer(tail, "<f4").tolist() == [np.inf]
 
 
 @pytest.mark.parametrize("model", MODELS)
