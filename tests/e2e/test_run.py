@@ -248,9 +248,7 @@ def test_a_server_that_answers_oddly_is_an_error_and_the_others_are_measured(tmp
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert line.startswith(
-        "error: odd: POST /v2/models/knn/infer was answered with JSON that is not the Open Inference"
-    )
+    assert line.startswith("error: odd: knn cannot be asked: wanted one input of numbers")
     found = json.loads((tmp_path / "latest" / "summary.json").read_text())
     assert found["errors"] == [line.removeprefix("error: ")] and found["partial"]
     assert {cell["target"] for cell in found["cells"]} == {"process"}
