@@ -7,13 +7,13 @@ the new upper end, and the search goes on below it. A failed request counts as +
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
 from images.errors import UsageError
-from loadtest._stats import samples_needed
+from loadtest._stats import quantiles, samples_needed
 
 FIRST_RPS = 100.0
 LEAST_RPS, MOST_RPS = 1.0, 200_000.0
@@ -41,11 +41,16 @@ def parse(text: str) -> Bound:
     return Bound(float(found[1]) / 100, float(found[2]) * _UNIT_NS[found[3]])
 
 
+def models(primary: Sequence[str], served: Sequence[str]) -> list[str]:
+    """Those whose peak is searched: of the primary cells, MODEL:LOAD each, or the first that is served."""
+    return list(dict.fromkeys(cell.partition(":")[0] for cell in primary)) or list(served[:1])
+
+
 def holds(bound: Bound, latency_ns: NDArray[Any]) -> bool:
     """Whether requests, the failed ones as +inf, hold the bound; their quantile is of nearest rank."""
     if not len(latency_ns):
         return False
-    return bool(np.quantile(latency_ns, bound.q, method="inverted_cdf") <= bound.limit_ns)
+    return quantiles(latency_ns, [bound.q])[0] <= bound.limit_ns
 
 
 class Trial(NamedTuple):

@@ -24,7 +24,7 @@ from hostsetup.locks import run_lock
 from hostsetup.target import Context, Spec
 from images import own, shell, store
 from images.errors import IsolatencyError, NotComparableError
-from loadtest import _batch, _calibrate, _parity, _report, _resume
+from loadtest import _batch, _calibrate, _parity, _peak, _report, _resume
 from loadtest._batch import Live
 from loadtest._drive import drive
 from loadtest._plan import Machine, Plan, validate
@@ -90,7 +90,7 @@ def phases(plan: Plan, kvm_boots: bool) -> list[Phase]:
 def estimate_s(plan: Plan, phase: Phase) -> float:
     """About how long a phase takes, in seconds: what the run says at its start, and a third of its bound."""
     cells = len(plan.models) * len(plan.loads)
-    peak = PEAK_S * len({cell.partition(":")[0] for cell in plan.primary} or {""}) if plan.bound else 0.0
+    peak = PEAK_S * len(_peak.models(plan.primary, plan.models)) if plan.bound else 0.0
     load = 0.0 if plan.only == "batch" else cells * (plan.emulated_seconds * 1.5 if phase.emulated else plan.seconds)
     batch = 0.0
     if plan.only != "load":

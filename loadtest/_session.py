@@ -188,10 +188,9 @@ class Session:
     def _find_peaks(self, engine: Engine) -> None:
         """One target after the other: the highest Poisson rate that holds the bound, written into peak.csv."""
         plan = self.plan
-        models = dict.fromkeys(cell.partition(":")[0] for cell in plan.primary) or plan.models[:1]
-        for model in models:
+        bound = _peak.parse(plan.bound)
+        for model in _peak.models(plan.primary, plan.models):
             for target in self._targets:
-                bound = _peak.parse(plan.bound)
                 search, number = _peak.Search(bound), 0
                 while search.trial is not None:
                     rate, seconds, _ = search.trial
@@ -208,8 +207,8 @@ class Session:
         return all(self._counted[target.name] >= self.plan.min_requests for target in self._targets)
 
     def _run_block(self, engine: Engine, turn: _Turn, seconds: float = 0.0) -> tuple[Floats, bool]:
-        """The plan's block, or one of `seconds`: its latencies in ns, those of failed requests +inf, and whether the
-        client could not keep up."""
+        """The plan's block, or a trial of `seconds`: of a trial the latencies in ns, those of failed requests +inf, and
+        whether the client could not keep up."""
         load = turn.load
         work = self._work[turn.target.name, turn.model, load.scenario == "offline"]
         active = self._connections[turn.target.name][: self._connections_of(load)]
@@ -221,7 +220,7 @@ class Session:
             turn.target.name, turn.model, load.name, self.plan.restart, turn.round, turn.block, 0, turn.warmup
         )
         outcomes: Counter[int] = Counter()
-        self._latency_ns: list[Floats] = []
+        self._latency_ns: list[Floats] | None = [] if seconds else None  # all of a plan's block need not be held
         seconds = seconds or self._seconds(load)
         spill = gevent.spawn(self._spill, engine, turn, where, outcomes)
         host_before, cpu_ns, wall_ns = _cpu.read(turn.target.pids), time.process_time_ns(), time.monotonic_ns()
@@ -243,7 +242,7 @@ class Session:
             self._counted[turn.target.name] += outcomes.total()
         if not engine.cut:
             self._check_alive(turn.target, block, set(outcomes))
-        return np.concatenate(self._latency_ns), bool(effort.limited)
+        return np.concatenate(self._latency_ns) if self._latency_ns else np.empty(0), bool(effort.limited)
 
     def _seconds(self, load: Load) -> float:
         return 0.0 if load.scenario == "offline" else self.plan.block_s
@@ -268,7 +267,8 @@ class Session:
                     return
 
     def _absorb(self, raw: Raw, turn: _Turn, where: Where, outcomes: Counter[int]) -> None:
-        self._latency_ns.append(np.where(raw[:, OUTCOME] == OK, raw[:, ENDED] - raw[:, INTENDED], np.inf))
+        if self._latency_ns is not None:
+            self._latency_ns.append(np.where(raw[:, OUTCOME] == OK, raw[:, ENDED] - raw[:, INTENDED], np.inf))
         self._samples.add(_samples.table(raw, where))
         _tally.add(self._stats, f"{turn.target.label}/{turn.model}", raw, time.time_ns() - time.monotonic_ns())
         self.requests += len(raw)

@@ -93,7 +93,7 @@ class Service:
         self._digest: asyncio.Task[tuple[str | None, str]] | None = None
         # One thread, so that the memory that large bodies take is bounded.
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large", initializer=tensors.no_warnings)
-        self._routes: list[tuple[re.Pattern[str], dict[str, Handler]]] = []
+        self._routes: list[tuple[re.Pattern[str], str, Handler]] = []
         self._route()
         self._infer_paths = {
             f"/v2/models/{name}{version}/infer": (one, version.rpartition("/")[2] or one.model.versions[-1])
@@ -109,7 +109,7 @@ class Service:
     def _route(self) -> None:
         def add(method: str, path: str, handler: Handler) -> None:
             parts = re.sub(r"\{(\w+)\}", lambda part: f"(?P<{part[1]}>{PATTERNS.get(part[1], '[^/]+')})", path)
-            self._routes.append((re.compile(parts), {method: handler}))
+            self._routes.append((re.compile(parts), method, handler))
 
         add("GET", "/v2/health/live", self._live)
         add("GET", "/v2/health/ready", self._ready)
@@ -188,12 +188,10 @@ class Service:
         return refused
 
     def _find(self, request: web.BaseRequest) -> tuple[Handler, Parts]:
-        for pattern, handlers in self._routes:
+        for pattern, method, handler in self._routes:
             if match := pattern.fullmatch(request.path):
-                handler = handlers.get(request.method) or handlers.get("*")
-                if handler is None:
-                    raise _NotAllowed(f"{request.path} takes {', '.join(sorted(handlers))}; found {request.method}",
-                                      ", ".join(sorted(handlers)))  # fmt: skip
+                if method not in ("*", request.method):
+                    raise _NotAllowed(f"{request.path} takes {method}; found {request.method}", method)
                 return handler, match.groupdict()
         raise _Refused(f"there is nothing at {request.path}")
 
@@ -257,7 +255,7 @@ class Service:
             "calls_by_rows": orjson.dumps(measured).decode(),
         }
         told = protocol.config(found.model)
-        told.setdefault("parameters", {}).update({name: {"string_value": value} for name, value in ours.items()})
+        told["parameters"] |= {name: {"string_value": value} for name, value in ours.items()}
         return answer(told)
 
     async def _model_stats(self, request: web.BaseRequest, parts: Parts, body: bytes) -> Answer:
@@ -358,11 +356,7 @@ class Service:
     def _parse(self, body: bytes, model: Model, json_bytes: str | None) -> protocol.Request:
         """Raises Failed where the model's own check of the parameters does not return."""
         try:
-            self._watch.since_ns = time.monotonic_ns()
-            try:
-                return protocol.parse(body, model, json_bytes)
-            finally:
-                self._watch.since_ns = 0
+            return self._watch.run(protocol.parse, body, model, json_bytes)
         except Overdue:
             raise Failed(f"model {model.name} did not check the parameters within {INLINE_S:g} s") from None
 

@@ -238,12 +238,9 @@ class Batcher:
 
     def _call_inline(self, calls: Sequence[Call]) -> BaseException | None:
         try:
-            self._watch.since_ns = time.monotonic_ns()
-            error = self._call(calls)
-            self._watch.since_ns = 0  # inside, since the signal may come until then
-        except Overdue as late:
+            return self._watch.run(self._call, calls)
+        except Overdue as late:  # after the model had returned
             return late
-        return error
 
     def _call(self, calls: Sequence[Call]) -> BaseException | None:
         """One call of the model for all of them; returns what it raised."""

@@ -131,11 +131,15 @@ class Connection(web.RequestHandler):
         """Say why, and close."""
         self._book.arriving.pop(self, None)
         if self.transport is not None:
-            refused = refusal(status, text)
-            refused.force_close()
-            self.transport.write(refused.whole())
-            self._book.metrics.errors[status] += 1
+            self.transport.write(self._last(status, text).whole())
         self.force_close()
+
+    def _last(self, status: int, text: str) -> Answer:
+        """A refusal after which the connection is closed; counted here, since it passes no route."""
+        refused = refusal(status, text)
+        refused.force_close()
+        self._book.metrics.errors[status] += 1
+        return refused
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -144,7 +148,4 @@ class Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the connection broke in the middle of an answer")
         reason = str(message or exc or "no reason was given")  # it has what was sent, however long
-        refused: Answer = refusal(status, f"the request could not be read: {reason[:REASON]}")
-        refused.force_close()
-        self._book.metrics.errors[status] += 1
-        return refused
+        return self._last(status, f"the request could not be read: {reason[:REASON]}")

@@ -8,7 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
+T = TypeVar("T")
 LOOK_S = 0.1
 INLINE_S = 0.25  # everybody waits for a call in the event loop's thread; one that stays is made again in its own
 
@@ -42,18 +45,23 @@ class Worker:
 
 
 class Watch:
-    """Ends a call in the main thread that takes longer than INLINE_S, by a signal, which ends a sleep, too.
-
-    `since_ns` says when the call that runs there began, 0 while there is none.
-    """
+    """Ends a call in the main thread that takes longer than INLINE_S, by a signal, which ends a sleep, too."""
 
     def __init__(self) -> None:
-        self.since_ns = 0
+        self._since_ns = 0  # when the call that runs there began, 0 while there is none
         signal.signal(signal.SIGUSR2, self._raise)
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
+    def run(self, call: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
+        """Make the call. Raises Overdue, which may also come when it has just returned."""
+        self._since_ns = time.monotonic_ns()
+        try:
+            return call(*args, **more)
+        finally:
+            self._since_ns = 0
+
     def _late(self) -> bool:
-        since = self.since_ns
+        since = self._since_ns
         return since > 0 and time.monotonic_ns() - since > INLINE_S * 1e9
 
     def _look(self) -> None:
@@ -64,5 +72,5 @@ class Watch:
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if self._late():
-            self.since_ns = 0
+            self._since_ns = 0
             raise Overdue

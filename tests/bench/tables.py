@@ -1,4 +1,4 @@
-"""Tables of ratios, printed and put into docs/performance.md between their marks."""
+"""Tables of figures, printed and put between their marks into docs/performance.md, or another document."""
 
 import sys
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def put(name: str, text: str) -> None:
+def put(name: str, text: str, file: Path = FILE) -> None:
     """Replace what stands between <!-- name --> and <!-- /name -->. Raises ValueError where there is no such place."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    whole = FILE.read_text()
+    whole = file.read_text()
     head, found, rest = whole.partition(start)
     _, closed, tail = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"{FILE} wants a place between {start} and {end}")
-    FILE.write_text(f"{head}{start}\n\n{text}\n\n{end}{tail}")
-    print(f"written into {FILE.name}", file=sys.stderr)
+        raise ValueError(f"{file} wants a place between {start} and {end}")
+    file.write_text(f"{head}{start}\n\n{text}\n\n{end}{tail}")
+    print(f"written into {file.name}", file=sys.stderr)

@@ -29,10 +29,10 @@ from scipy import stats
 
 from loadtest import _cells, _folder, _starts, _stats
 from loadtest._summary import summarise
+from tests.bench.tables import put
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "measurement.md"
-BEGIN, END = "<!-- truth: begin -->", "<!-- truth: end -->"
 ISOLATENCY = Path(sys.executable).parent / "isolatency"
 PER_RUN = 10  # starts of the runs that are drawn
 DRAWS = 4000
@@ -395,8 +395,7 @@ def main() -> None:
     text = f"{conditions(out)}\n\n{markdown(table(out))}"
     print(text)
     if given.write:
-        before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+        put("truth", text, DOCUMENT)
 
 
 if __name__ == "__main__":
