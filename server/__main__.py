@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from server import catalogue
-from server.limits import Limits, flags
+from server.limits import Limits, as_the_system_allows, flags
 
 SWITCH_S = 0.0005  # how long a model's thread may keep the event loop from the interpreter; Python's default is 5 ms
 
@@ -83,7 +83,9 @@ def main() -> int:
     from server.log import access, in_lines, log
 
     in_lines(chosen.log_format)
-    limits = Limits(**{name: getattr(chosen, name) for name in flags()})
+    limits = as_the_system_allows(Limits(**{name: getattr(chosen, name) for name in flags()}))
+    if limits.max_connections < chosen.max_connections:
+        log(f"at most {limits.max_connections} connections: no more open files are allowed (ulimit -n)", "warning")
     try:
         label = identity.read_label(chosen.tree_label) if chosen.tree_label else None
         models = catalogue.load(chosen.model, chosen)

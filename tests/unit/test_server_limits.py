@@ -202,6 +202,29 @@ def test_a_thousand_connections_and_more_at_the_default(tmp_path: Path) -> None:
                 assert line.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
+def test_open_files_are_raised_as_far_as_they_may_be_and_else_there_are_fewer_connections(tmp_path: Path) -> None:
+    def asked(running: Running, count: int, kept: contextlib.ExitStack) -> list[Answer]:
+        lines = [kept.enter_context(contextlib.closing(running.connect())) for _ in range(count)]
+        return [exchange(line, "GET", "/v2/health/ready", None) for line in lines]
+
+    def files(bound: str) -> list[str]:
+        return ["sh", "-c", f'ulimit {bound}; exec "$@"', "sh"]
+
+    with (
+        serving(tmp_path / "soft", "--model", "null", prefix=files("-Sn 100")) as running,
+        contextlib.ExitStack() as kept,
+    ):
+        assert {one.status for one in asked(running, 300, kept)} == {200}
+    with (
+        serving(tmp_path / "hard", "--model", "null", prefix=files("-n 200")) as running,
+        contextlib.ExitStack() as kept,
+    ):
+        assert "at most 136 connections" in running.log().splitlines()[0]
+        assert {one.status for one in asked(running, 136, kept)} == {200}
+        for one in asked(running, 20, kept):
+            refused(one, 503, "136 connections")
+
+
 class SlowSenders:
     """Connections that send one byte a second of a request: every second one of the head, the others of the body."""
 
