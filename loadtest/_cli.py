@@ -182,6 +182,7 @@ margin_option = click.option(
     metavar="p99<=5ms",
     help="Also search, for each target, the highest rate of Poisson arrivals that holds it.",
 )
+@click.option("--keep-awake", is_flag=True, help="Idle processors poll, so that no request waits for one to wake up.")
 @click.option("--seed", type=int, help="Seed of every order and choice in the run.")
 @click.option("--seconds", type=float, help="Seconds of load per target, model, load and start.")
 @click.option("--restarts", type=int, help="Start every target so often: then intervals hold what starts differ by.")

@@ -52,6 +52,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `bound`, as p99<=5ms: search each target's highest Poisson rate that holds it, in every start.
     `encoding`: of the load's tensors, binary or json; parity always asks by JSON.
     `client_spin_us`: so long before each intended start the client is awake.
+    `keep_awake`: idle processors poll while the load runs, so that no request waits until one is awake.
     """
 
     schema: int = 1
@@ -66,6 +67,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_requests: int = 0
     open_connections: int = 16
     client_spin_us: float = 0.0
+    keep_awake: bool = False
     encoding: str = "binary"
     bound: str = ""
     emulated_seconds: float = 5.0

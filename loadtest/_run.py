@@ -25,6 +25,7 @@ from hostsetup.target import Context, Spec
 from images import own, shell, store
 from images.errors import IsolatencyError, NotComparableError
 from loadtest import _batch, _calibrate, _parity, _peak, _report, _resume
+from loadtest._awake import CAVEAT, awake
 from loadtest._batch import Live
 from loadtest._drive import drive
 from loadtest._plan import Machine, Plan, validate
@@ -131,6 +132,7 @@ def run(
     dry = shell.dry_run()
     with (
         nullcontext() if dry else run_lock(),
+        awake() if plan.keep_awake else nullcontext(),
         _terminated_as_interrupted(),
         Ledger.open("run", " ".join(spec.name for spec in plan.specs())) as ledger,
     ):
@@ -159,7 +161,7 @@ def run(
             record.go_on(before.targets, before.starts)
         else:
             record = _begin(out, lambda path: Record(path, plan, command, cores, client, images, show.say))
-        record.caveats += [shared] * bool(shared)
+        record.caveats += [shared] * bool(shared) + [CAVEAT] * plan.keep_awake
         with on_cores(client):
             return record.path, _run_phases(plan, todo, replace(context, logs=record.path / "logs"), record, show)
 

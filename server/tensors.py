@@ -135,13 +135,15 @@ def from_bytes(data: bytes, dtype: np.dtype[Any], size: tuple[int, ...], wanted:
 
 
 def _as_wanted(values: NDArray[Any], size: tuple[int, ...], wanted: Tensor, finite: bool = True) -> Array:
-    if (
-        values.dtype.kind == "f"
-        and finite
-        and not (math.isfinite(np.add.reduce(values, None)) or np.isfinite(values).all())
-    ):
+    if finite and values.dtype.kind == "f" and not _finite(values):
         raise BadInput(f"input {wanted.name!r} wants values that are finite in {NAMES[values.dtype]}; found others")
     return values.astype(DTYPES[wanted.datatype], copy=False).reshape(size)
+
+
+def _finite(values: Array) -> bool:
+    """The sum of squares is finite only where all values are, and takes BLAS less time than NumPy's own look."""
+    flat = values.ravel()
+    return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(values).all())
 
 
 def kind(value: Any) -> str:

@@ -44,7 +44,8 @@ TAIL = {"spin_tail_p": 0.03, "spin_tail_us": 250.0}  # 3 % of long calls hold p9
 NEIGHBOUR = """
 import os, random, sys, time
 os.sched_setaffinity(0, {int(sys.argv[1])})
-while True:
+parent = os.getppid()
+while os.getppid() == parent:
     end = time.monotonic() + random.expovariate(1 / 0.004)
     while time.monotonic() < end: pass
     time.sleep(random.expovariate(1 / 0.03))
@@ -95,7 +96,8 @@ def _run(out: Path, name: str, wanted: Experiment, starts: int, seed: int) -> No
     folder.mkdir(parents=True, exist_ok=True)
     warmup_s = WARMUP_ROUNDS * wanted.block_s
     plan = {
-        "schema": 1, "seed": seed, "only": "load", "models": [MODEL], "loads": ["closed-1"], "restarts": starts, "spin_us": wanted.spin_us,
+        "schema": 1, "seed": seed, "only": "load", "models": [MODEL], "loads": ["closed-1"], "restarts": starts,
+        "spin_us": wanted.spin_us, "keep_awake": True,  # what waking takes is noise here: it is no part of the truth
         "seconds": wanted.seconds + warmup_s, "warmup_s": warmup_s, "block_s": wanted.block_s,
         **(TAIL if wanted.tail else {}),
     }  # fmt: skip
