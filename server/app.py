@@ -170,6 +170,7 @@ class Service:
     async def _arrived(self, request: web.BaseRequest) -> bytes:
         if request.content_length is not None and request.content_length > self._most:
             raise TooLarge
+        _connection(request).expect_more()
         body = bytearray()
         while piece := await request.content.readany():
             body += piece

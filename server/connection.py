@@ -97,6 +97,12 @@ class Connection(web.RequestHandler):
         self._book.arriving.pop(self, None)
         self._begun_ns = self._book.arriving[self] = time.monotonic_ns()
 
+    def expect_more(self) -> None:
+        """What is missing of the request that is handled has its time from now on, where it has none yet, since its
+        beginning came together with the request before it."""
+        if not self._begun_ns:
+            self.begin()
+
     def resume_reading(self, resume_parser: bool = True) -> None:
         if self._reading_paused:  # aiohttp asks after every body, and would parse nothing once more
             super().resume_reading(resume_parser)

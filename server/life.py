@@ -4,6 +4,7 @@ import asyncio
 import logging
 import select
 import signal
+import socket
 import time
 
 from aiohttp import web
@@ -38,6 +39,8 @@ async def serve(service: Service, host: str, port: int, access_log: logging.Logg
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
     listener = await loop.create_server(lambda: Connection(book, server, access_log), host, port, backlog=BACKLOG)
+    for one in listener.sockets:  # whose connections have it, too: the kernel ends those that take nothing for so long
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(book.limits.send_timeout * 1000))
     sweeping = asyncio.create_task(book.sweep())
     try:
         bound = listener.sockets[0].getsockname()

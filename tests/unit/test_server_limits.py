@@ -303,6 +303,12 @@ def test_the_time_of_a_request_that_was_pipelined_begins_when_it_can_be_read(tmp
         assert re.findall(rb"HTTP/1\.1 (\d+)", found) == [b"200", b"200", b"408"]
 
 
+def test_half_a_body_that_came_with_the_request_before_it_has_its_time_too(tmp_path: Path) -> None:
+    with serving(tmp_path, "--model", "knn", "--request-timeout", "1") as running:
+        found = running.raw(b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n" + f"{HEAD}Content-Length: 1000\r\n\r\n{{".encode())
+        assert re.findall(rb"HTTP/1\.1 (\d+)", found) == [b"200", b"408"]
+
+
 def test_an_idle_connection_is_closed(tmp_path: Path) -> None:
     with serving(tmp_path, "--model", "knn", "--idle-timeout", "1") as running:
         with contextlib.closing(running.connect()) as line:
@@ -312,6 +318,32 @@ def test_an_idle_connection_is_closed(tmp_path: Path) -> None:
             assert line.sock.recv(100) == b""
         with socket.create_connection(running.address, timeout=60) as silent:
             assert silent.recv(100) == b""
+
+
+def test_answers_that_nobody_takes_hold_no_connection(tmp_path: Path) -> None:
+    """However many: what the kernel has no room for any more may be little."""
+    rows = np.load(DATA / "knn.npz")["rows"][:26]
+    body = json.dumps(request(rows, parameters={"k": 569}, outputs=[{"name": "neighbours"}])).encode()  # of 56 KiB
+    ask = f"{HEAD}Accept-Encoding: identity\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    with (
+        serving(tmp_path, "--model", "knn", "--send-timeout", "1", "--idle-timeout", "1") as running,
+        contextlib.ExitStack() as kept,
+    ):
+        for count in range(1, 61):
+            line = kept.enter_context(socket.socket())
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.settimeout(60)
+            line.connect(running.address)
+            threading.Thread(target=_send_all, args=(line, ask * count), daemon=True).start()
+        wait_for(
+            lambda: "isolatency_connections 1.0\n" in running.call("GET", "/metrics").body.decode(),
+            "all others to be closed",
+        )
+
+
+def _send_all(line: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        line.sendall(data)
 
 
 def test_slow_receivers_are_cut(tmp_path: Path) -> None:
