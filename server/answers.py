@@ -30,6 +30,9 @@ class Line(Protocol):
     @property
     def send_timeout(self) -> float: ...
 
+    def release(self) -> None:
+        """The answer has been taken, or never will be."""
+
 
 class Answer(web.StreamResponse):
     """aiohttp's own response builds its header from parts that may still change, for about a third of what a request
@@ -81,18 +84,25 @@ class Answer(web.StreamResponse):
         """Raises ConnectionResetError when the client is gone, or does not receive within the bound."""
         request = self._asked
         transport = request.transport
-        if transport is None or transport.is_closing():
-            raise ConnectionResetError("the client is gone")
-        transport.write(self.whole(headless=request.method == "HEAD", old=request.version < HttpVersion11))
-        if self.written is not None:
-            self.written()
-        if transport.get_write_buffer_size() > UNSENT:
-            try:
-                async with asyncio.timeout(self._line.send_timeout):
-                    await request.writer.drain()
-            except TimeoutError:
-                transport.abort()
-                raise ConnectionResetError("the client does not receive") from None
+        try:
+            if transport is None or transport.is_closing():
+                raise ConnectionResetError("the client is gone")
+            headless, old = request.method == "HEAD", request.version < HttpVersion11
+            if len(self._content) > UNSENT and not headless:  # too much to be copied behind its header
+                transport.writelines((self.whole(headless=True, old=old), self._content))
+            else:
+                transport.write(self.whole(headless=headless, old=old))
+            if self.written is not None:
+                self.written()
+            if transport.get_write_buffer_size() > UNSENT:
+                try:
+                    async with asyncio.timeout(self._line.send_timeout):
+                        await request.writer.drain()
+                except TimeoutError:
+                    transport.abort()
+                    raise ConnectionResetError("the client does not receive") from None
+        finally:
+            self._line.release()
 
 
 def answer(value: Any, status: int = 200) -> Answer:

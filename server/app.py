@@ -148,8 +148,6 @@ class Service:
             return self._refuse(request, error)
         finally:
             self.connections.in_flight -= 1
-            if _connection(request).held:
-                _connection(request).release()
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
@@ -338,6 +336,9 @@ class Service:
                 )
             else:
                 content, more, media = _serialised(served.model, version, call, accepted)
+            if len(content) > INLINE_BODY:
+                connection.release()  # the request has no further use
+                connection.hold(len(content))
         except (Exception, SystemExit) as error:  # a model's check may try to end the program
             refused = self._refuse(request, error)
             counts.failed(refused.status, time.monotonic_ns() - begun)

@@ -24,7 +24,7 @@ class Connections:
         self.arriving: dict[Connection, int] = {}
         self.last_byte_ns = 0
         self.in_flight = 0
-        self.held = 0  # bytes of large bodies
+        self.held = 0  # bytes of large bodies and answers
         self.stopping = False
 
     async def sweep(self) -> None:
@@ -64,7 +64,7 @@ class Connection(web.RequestHandler):
         )
         self._book = book
         self._begun_ns = 0
-        self.held = 0  # bytes of a large body
+        self.held = 0  # bytes of a large body or answer
         self.waiting: Call | None = None  # the request that is on its way through a model
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -78,6 +78,7 @@ class Connection(web.RequestHandler):
         self._book.arriving.pop(self, None)
         if self.waiting is not None and self.waiting.future is not None:
             self.waiting.future.cancel()  # its rows need not be computed
+        self.release()
         super().connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
@@ -115,15 +116,18 @@ class Connection(web.RequestHandler):
         return begun
 
     def hold(self, size: int) -> None:
-        """Count bytes of the request that is handled. Raises Busy where all requests together have too many."""
+        """Count bytes of the request that is handled, or of its answer, until that is taken. Raises Busy where all of
+        them together are too many."""
         self.held += size
         self._book.held += size
         if self._book.held > self._book.limits.max_bodies_mib * 2**20:
-            raise Busy(f"wanted at most {self._book.limits.max_bodies_mib} MiB of bodies at once; found more")
+            most = self._book.limits.max_bodies_mib
+            raise Busy(f"wanted at most {most} MiB of large bodies and answers at once; found more")
 
     def release(self) -> None:
-        self._book.held -= self.held
-        self.held = 0
+        if self.held:
+            self._book.held -= self.held
+            self.held = 0
 
     @property
     def stopping(self) -> bool:

@@ -145,6 +145,29 @@ def test_all_bodies_together_are_bounded(server: Running) -> None:
         assert server.call("POST", INFER, body).status == 200
 
 
+def test_answers_that_nobody_takes_are_bounded_together_with_the_bodies(tmp_path: Path) -> None:
+    """Small requests of answers of 17 MiB each, of which nobody reads more than the first bytes."""
+    rows = np.resize(np.load(DATA / "knn.npz")["rows"], (2000, 30))
+    said = {"inputs": [{"name": "x", "shape": [2000, 30], "datatype": "FP32", "parameters": {"binary_data_size": rows.nbytes}}], "outputs": [{"name": "neighbours"}, {"name": "distances"}], "parameters": {"k": 569, "binary_data_output": True}}  # fmt: skip
+    head = json.dumps(said).encode()
+    fields = f"Inference-Header-Content-Length: {len(head)}\r\nContent-Length: {len(head) + rows.nbytes}\r\n\r\n"
+    with serving(tmp_path, "--model", "knn", "--max-bodies-mib", "64") as running:
+        with contextlib.ExitStack() as kept:
+            statuses = []
+            for _ in range(10):
+                line = kept.enter_context(socket.create_connection(running.address, timeout=60))
+                line.sendall((HEAD + fields).encode() + head + rows.tobytes())
+                statuses.append(line.recv(12)[-3:])
+            assert statuses == [b"200"] * 3 + [b"503"] * 7
+            assert rss_mib(running) < 250
+
+        def again() -> Answer:
+            return running.call("POST", INFER, head + rows.tobytes(), Inference_Header_Content_Length=str(len(head)))
+
+        wait_for(lambda: again().status == 200, "the memory to be given back")
+        assert [again().status for _ in range(10)] == [200] * 10
+
+
 def test_header_fields_are_bounded_in_number_and_size(server: Running) -> None:
     def ask(*fields: str) -> Answer:
         return parse(
