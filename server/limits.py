@@ -18,7 +18,7 @@ class Limits:
     max_delay_us: int = _limit(0, "microseconds that a request may wait for others to share a call with")
     max_queue: int = _limit(4096, "rows that may wait for a model; a request beyond them is answered 503", 1)
     max_body_mib: int = _limit(16, "MiB of a request's body, after decompression", 1)
-    max_bodies_mib: int = _limit(256, "MiB of large bodies and answers at once; a request beyond them is answered 503", 1)
+    max_bodies_mib: int = _limit(256, "MiB of large bodies and answers at once; the next one is answered 503", 1)
     max_headers: int = _limit(128, "header fields of a request", 16)
     max_header_bytes: int = _limit(8190, "bytes of a request line, and of a header field", 256)
     max_connections: int = _limit(4000, "open connections; the next one is answered 503 and closed", 1)
