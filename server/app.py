@@ -23,7 +23,7 @@ from server.log import log
 from server.metrics import Calls, Exposition, Requests
 from server.models.base import BadInput, Model
 from server.timing import header, stages
-from server.worker import INLINE_S, Overdue, Watch
+from server.worker import Overdue, Watch
 
 VERSION = "1"
 
@@ -283,7 +283,7 @@ class Service:
         if _object(body).get("parameters"):
             raise BadInput("a model is loaded as it was named at the start; found parameters that would change it")
         if not found.loaded:
-            await found.batcher.load()
+            await found.batcher.aside(found.model.load)
             found.loaded = True
         return answer({})
 
@@ -318,7 +318,11 @@ class Service:
                 if request.transport is None:
                     raise ConnectionResetError
             else:
-                wanted = self._parse(body, served.model, json_bytes)
+                wanted = protocol.parse(body, served.model, json_bytes)
+            try:
+                self._watch.run(served.model.check, wanted.parameters)
+            except Overdue:  # it may be the machine that was late
+                await served.batcher.aside(lambda: served.model.check(wanted.parameters))
             call = Call(wanted, time.monotonic_ns())
             connection.waiting = call
             if not served.batcher.at_once(call, others=bool(self.connections.arriving)):
@@ -354,13 +358,6 @@ class Service:
         answered = Answer(content, headers=more, media=media)
         answered.written = lambda: counts.write.add(time.monotonic_ns() - serialised)
         return answered
-
-    def _parse(self, body: bytes, model: Model, json_bytes: str | None) -> protocol.Request:
-        """Raises Failed where the model's own check of the parameters does not return."""
-        try:
-            return self._watch.run(protocol.parse, body, model, json_bytes)
-        except Overdue:
-            raise Failed(f"model {model.name} did not check the parameters within {INLINE_S:g} s") from None
 
     def _named(self, parts: Parts) -> _Served:
         found = self._known(parts)

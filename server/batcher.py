@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -290,34 +290,34 @@ class Batcher:
             self._replace_worker()
             self._finish(calls, Failed(self._no_return()))
 
-    async def load(self) -> None:
-        """Have the model loaded again. Raises Failed."""
+    async def aside(self, work: Callable[[], object]) -> None:
+        """Have the model do something in a thread of its own. Raises BadInput where it did, Failed for all else."""
         loop = asyncio.get_running_loop()
-        over: asyncio.Future[str | None] = loop.create_future()
+        over: asyncio.Future[BaseException | None] = loop.create_future()
 
-        def done(wrong: str | None) -> None:
+        def done(error: BaseException | None) -> None:
             if not over.done():
-                over.set_result(wrong)
+                over.set_result(error)
 
-        def work() -> None:
-            wrong = None
+        def run() -> None:
+            error = None
             try:
-                self._model.load()
-            except BaseException as error:
-                wrong = f"{type(error).__name__}: {error}"
-            loop.call_soon_threadsafe(done, wrong)
+                work()
+            except BaseException as raised:
+                error = raised
+            loop.call_soon_threadsafe(done, error)
 
-        worker = Worker(f"load {self._model.name}")
-        worker.submit(work)
+        worker = Worker(f"aside {self._model.name}")
+        worker.submit(run)
         try:
             async with asyncio.timeout(self._limits.model_timeout):
-                wrong = await over
+                error = await over
         except TimeoutError:
-            wrong = self._no_return()
+            error = Failed(self._no_return())
         finally:
             worker.abandon()
-        if wrong is not None:
-            raise Failed(wrong)
+        if error is not None:
+            raise error if isinstance(error, BadInput | Failed) else Failed(f"{type(error).__name__}: {error}")
 
     def _replace_worker(self) -> None:
         self._worker.abandon()

@@ -36,8 +36,8 @@ class Output(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A request that fits its model: arrays in the model's data types and shapes, parameters that it takes, `outputs`
-    in the order wanted."""
+    """A request that fits its model: arrays in the model's data types and shapes, `outputs` in the order wanted. Only
+    the model itself knows whether it takes the parameters."""
 
     id: str | None
     inputs: Mapping[str, Array]
@@ -109,7 +109,6 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
                 raise BadInput(
                     f"wanted a string, a number or a boolean for parameter {short(name)}; found {kind(value)}"
                 )
-    model.check(parameters)
     outputs = _outputs(message.get("outputs"), model, all_binary)
     tail = None if length is None else memoryview(body)[length:]
     inputs = _inputs(message.get("inputs"), model, tail)

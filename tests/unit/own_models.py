@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from server.models.base import Batch, Model, Tensor
+from server.models.base import BadInput, Batch, Model, Tensor
 
 RAISE, EXIT, SHORT, TYPE, MISSING, NOTHING, SLEEP, LOOP, MORE, STUBBORN = range(-1, -11, -1)
 
@@ -171,6 +171,17 @@ class CheckHangs(Own):
     def check(self, parameters: Any) -> None:
         while parameters:
             pass
+
+
+class CheckSlow(Own):
+    """Looks at parameters for longer than anybody should be kept waiting."""
+
+    name = "check-slow"
+
+    def check(self, parameters: Any) -> None:
+        if parameters:
+            time.sleep(0.4)
+            raise BadInput("such parameters take long")
 
 
 class NotFinite(Own):

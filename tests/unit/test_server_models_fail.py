@@ -25,7 +25,9 @@ MODELS = ("fails", "fails-in-thread")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    names = own("Fails", "FailsInThread", "LoadsOnce", "LoadHangs", "CheckExits", "CheckHangs", "NotFinite")
+    names = own(
+        "Fails", "FailsInThread", "LoadsOnce", "LoadHangs", "CheckExits", "CheckHangs", "CheckSlow", "NotFinite"
+    )
     with serving(tmp_path_factory.mktemp("server"), "--model", "knn", *names, "--model-timeout", "1") as running:
         yield running
         assert "Traceback" not in running.log()
@@ -45,9 +47,17 @@ def failed(running: Running, answer: Answer, word: str = "") -> None:
     assert word in line
 
 
-def test_a_check_that_does_not_return(server: Running) -> None:
-    failed(server, server.infer("check-hangs", np.zeros((1, 2)), parameters={"k": 1}), "did not check")
-    assert outputs(ask(server, "check-hangs", 4))["y"].tolist() == [4]
+@pytest.mark.parametrize("rows", [1, 2000])
+def test_a_check_that_does_not_return(server: Running, rows: int) -> None:
+    """Neither in the event loop nor in the thread that reads large requests, which others want, too."""
+    failed(server, server.infer("check-hangs", np.zeros((rows, 2)), parameters={"k": 1}), "did not return within 1 s")
+    assert outputs(server.infer("check-hangs", np.full((rows, 2), 4)))["y"].tolist() == [4] * rows
+    assert server.infer("knn", np.zeros((2000, 30))).status == 200
+
+
+def test_a_check_that_takes_long_is_no_failure(server: Running) -> None:
+    answer = server.infer("check-slow", np.zeros((1, 2)), parameters={"k": 1})
+    assert answer.status == 400 and answer.json == {"error": "such parameters take long"}
 
 
 def test_what_json_cannot_hold_goes_out_as_bytes_alone(server: Running) -> None:
