@@ -125,7 +125,7 @@ class Batcher:
                 tensor.name: np.zeros([rows, *(abs(size) for size in tensor.shape[1:])], DTYPES[tensor.datatype])
                 for tensor in self._model.inputs
             }
-            batch = Batch(blank, outputs=tuple(one.name for one in self._model.outputs if not one.on_request))
+            batch = _sealed(Batch(blank, outputs=tuple(one.name for one in self._model.outputs if not one.on_request)))
             took: list[int] = []
             while len(took) < 3 and time.monotonic() < end:
                 start = time.monotonic_ns()
@@ -246,7 +246,7 @@ class Batcher:
         """One call of the model for all of them; returns what it raised."""
         started = time.monotonic_ns()
         try:
-            batch = calls[0].request.batch() if len(calls) == 1 else _joined([call.request for call in calls])
+            batch = _sealed(calls[0].request.batch() if len(calls) == 1 else _joined([call.request for call in calls]))
             joined = time.monotonic_ns()
             results = self._model.predict(batch)
             computed = time.monotonic_ns()
@@ -331,3 +331,10 @@ def _joined(requests: Sequence[protocol.Request]) -> Batch:
     inputs = {name: np.concatenate([one.inputs[name] for one in requests]) for name in requests[0].inputs}
     wanted = dict.fromkeys(output.name for one in requests for output in one.outputs)
     return Batch(inputs, requests[0].parameters, tuple(wanted))
+
+
+def _sealed(batch: Batch) -> Batch:
+    """A model may not write to its inputs: the call may have to be made again with the same."""
+    for values in batch.inputs.values():
+        values.flags.writeable = False
+    return batch

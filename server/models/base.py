@@ -63,7 +63,8 @@ class Model:
         known(self.name, parameters, ())
 
     def predict(self, batch: Batch) -> Mapping[str, Array]:
-        """At least the outputs that are wanted, in the data types and shapes that `outputs` says."""
+        """At least the outputs that are wanted, in the data types and shapes that `outputs` says. The next call may
+        come before they are read, so they are no buffers that are used again. Inputs are read-only."""
         raise NotImplementedError
 
 

@@ -114,6 +114,17 @@ class FailsInThread(Fails):
         return super().predict(batch)
 
 
+class Writes(Own):
+    """Changes what it was given, which would be somebody else's or its own in the next attempt."""
+
+    name = "writes"
+
+    def predict(self, batch: Batch) -> Any:
+        if batch.inputs["x"].any():
+            batch.inputs["x"][:] = 0
+        return super().predict(batch)
+
+
 class WarmUpRaises(Own):
     name = "warm-up-raises"
 

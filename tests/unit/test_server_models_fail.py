@@ -26,7 +26,15 @@ MODELS = ("fails", "fails-in-thread")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     names = own(
-        "Fails", "FailsInThread", "LoadsOnce", "LoadHangs", "CheckExits", "CheckHangs", "CheckSlow", "NotFinite"
+        "Fails",
+        "FailsInThread",
+        "LoadsOnce",
+        "LoadHangs",
+        "CheckExits",
+        "CheckHangs",
+        "CheckSlow",
+        "NotFinite",
+        "Writes",
     )
     with serving(tmp_path_factory.mktemp("server"), "--model", "knn", *names, "--model-timeout", "1") as running:
         yield running
@@ -84,6 +92,15 @@ def test_one_that_fails_fails_alone(server: Running, model: str, wrong: str) -> 
         else:
             assert outputs(answer)["y"].tolist() == [one]
     assert len(server.log().splitlines()) == before + 2
+
+
+def test_inputs_cannot_be_written_to_however_they_came(server: Running) -> None:
+    rows = np.ones((1, 2), "<f4")
+    failed(server, server.infer("writes", rows), "read-only")
+    failed(server, server.infer("writes", rows.astype(np.int64)), "read-only")
+    failed(server, server.call("POST", "/v2/models/writes/infer", rows.tobytes(), Inference_Header_Content_Length="0"))
+    asked = [("writes", pair(one)) for one in (0, 1, 0, 2, 0)]
+    assert [one.status for one in at_once(server, asked)] == [200, 500, 200, 500, 200]
 
 
 @pytest.mark.parametrize("model", MODELS)
