@@ -123,7 +123,7 @@ def serving(
 
 def _url(process: subprocess.Popen[bytes], log: Path) -> str:
     def listening() -> str | None:
-        found = re.search(r"listening on (http://\S+)", log.read_text())
+        found = re.search(r'listening on (http://[^\s"]+)', log.read_text())
         if found is None and process.poll() is not None:
             raise AssertionError(f"the server ended with {process.returncode}: {log.read_text()}")
         return found and found[1]

@@ -1,7 +1,9 @@
 """How the server starts and ends, what it imports, what it says, and that it needs nothing of its surroundings."""
 
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.unit.own_models import RAISE
 from tests.unit.serving import ALL, DATA, ROOT, START_S, STOP_S, command, serving, wait_for
+from tests.unit.test_server_batching import own
 
 # What the server may import from outside the standard library: five packages, and what those bring.
 OURS = {"server", "numpy", "aiohttp", "orjson", "uvloop", "threadpoolctl"}
@@ -61,6 +65,30 @@ def test_requests_under_way_are_answered_at_the_end(tmp_path: Path) -> None:
 def _has_connection(pid: int) -> bool:
     files = list(Path(f"/proc/{pid}/fd").iterdir())
     return sum(file.is_socket() for file in files) >= 4  # two of the event loop, one that listens
+
+
+def test_the_log_has_a_line_for_start_error_and_stop_as_text_or_json_and_one_for_each_request_if_asked_for(
+    tmp_path: Path,
+) -> None:
+    def lines(*arguments: str) -> list[str]:
+        folder = tmp_path / "-".join(arguments).strip("-")
+        with serving(folder, "--model", "null", *own("Fails"), *arguments) as running:
+            assert running.infer("null", np.ones((1, 2))).status == 200
+            assert running.infer("fails", np.full((1, 2), RAISE)).status == 500
+            assert running.call("GET", "/nowhere").status == 404
+        return running.log().splitlines()
+
+    words = ["listening on http://", "error ", "stopping", "stopped"]
+    for line, word in zip(lines("--log-format", "text"), words, strict=True):
+        assert line.startswith(f"server: {word}")
+    told = [json.loads(line) for line in lines("--log-format", "json")]
+    for one, word in zip(told, words, strict=True):
+        assert one.keys() == {"time", "level", "message"} and one["message"].startswith(word)
+    assert [one["level"] for one in told] == ["info", "error", "info", "info"]
+    asked = re.findall(r'"(\w+ \S+) HTTP/1.1" (\d+)', "\n".join(lines("--access-log")))
+    assert asked == [
+        ("POST /v2/models/null/infer", "200"), ("POST /v2/models/fails/infer", "500"), ("GET /nowhere", "404"),
+    ]  # fmt: skip
 
 
 def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
