@@ -99,7 +99,7 @@ def _literal(body: Sequence[ast.stmt], name: str, file: str) -> Any:
 
 
 def derive(base: Images, own: Own, say: Say) -> Images:
-    """The base's images with this model in the tree, made where they are not yet there.
+    """The base's images with this model in the tree, held, made where they are not yet there.
 
     Raises ShellError with pip's last words where its wheels cannot be had, IsolatencyError for a full disk.
     """
@@ -112,7 +112,7 @@ def derive(base: Images, own: Own, say: Say) -> Images:
                 ready = _make(base, own, scratch, place, say)
                 store.forget_old(place.parent, KEPT)
     os.utime(place)  # the least lately used ones are forgotten
-    return ready
+    return store.hold(ready)
 
 
 def _make(base: Images, own: Own, scratch: Path, place: Path, say: Say) -> Images:

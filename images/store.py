@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fcntl import LOCK_EX, LOCK_NB, flock
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from pathlib import Path
 
 from images.errors import IsolatencyError, MissingError, ShellError
@@ -29,6 +29,7 @@ SHAPING = (
 FILES = ("tree.tar", "root.ext4", "vmlinux", "initrd.cpio", "linux.uml", "packages.lock")
 NEEDED_MIB = 1200
 BUILD = "`isolatency images build`"
+_held: dict[Path, int] = {}  # images that this process uses, and the open folders whose locks say so
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,17 @@ def read(root: Path) -> Images | None:
     return images if whole else None
 
 
+def hold(images: Images) -> Images:
+    """Keep these from being forgotten for as long as this process lives."""
+    if images.root not in _held:
+        _held[images.root] = os.open(images.root, os.O_RDONLY)
+        flock(_held[images.root], LOCK_SH)
+    return images
+
+
 def current() -> Images:
-    """The current images. Raises MissingError, naming the command, where there are none or they are of older sources.
+    """The current images, held. Raises MissingError, naming the command, where there are none or they are of older
+    sources.
 
     Loaded ones are returned whatever they were made from: whoever loads an older build means it.
     """
@@ -140,7 +150,7 @@ def current() -> Images:
         raise MissingError(f"no images are built yet below {cache_dir()}; run {BUILD}")
     if not images.loaded and images.key != source_key():
         raise MissingError(f"the images are older than server/ and images/ of this checkout; run {BUILD}")
-    return images
+    return hold(images)
 
 
 def put(made: Path, place: Path, key: str, tree_sha256: str, loaded: bool, digests: dict[str, str]) -> Images:
@@ -178,16 +188,27 @@ def switch(place: Path) -> None:
 
 
 def forget_old_builds(keep: int = 3) -> None:
-    """Remove all but the newest builds: each takes half a gigabyte. A kept target may still run from a recent one."""
+    """Remove all but the newest builds: each takes half a gigabyte."""
     forget_old(cache_dir() / "builds", keep)
 
 
 def forget_old(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` folders of images in this one, and never the current ones."""
+    """Remove all but the newest `keep` folders of images in this one, and never the current ones or any in use."""
     places = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in places[keep:]:
-        if path != (cache_dir() / "current").resolve():
+        if path != (cache_dir() / "current").resolve() and not _in_use(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _in_use(folder: Path) -> bool:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        flock(number, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(number)
+    return False
 
 
 @contextmanager

@@ -3,9 +3,12 @@
 import fcntl
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -13,6 +16,7 @@ from images import bundle, store, vmm
 from images.errors import IsolatencyError, MissingError, UsageError
 from images.store import FILES, Images
 from server.identity import write_canonical_tar
+from tests.unit.serving import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +133,23 @@ def test_only_the_newest_builds_are_kept(cache: Path) -> None:
     store.switch(builds[0].root)
     store.forget_old_builds(keep=2)
     assert sorted(cache.joinpath("builds").iterdir()) == sorted(one.root for one in (builds[0], *builds[3:]))
+
+
+def test_builds_that_a_process_uses_are_kept_until_it_ends(cache: Path) -> None:
+    """A run of hours starts its targets again and again from the build that it began with."""
+    first = publish(word="first")
+    code = "import sys; from images import store; print(store.current().root, flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT) as user:
+        assert user.stdin is not None and user.stdout is not None
+        assert user.stdout.readline().strip() == str(first.root)
+        os.utime(first.root, (0, 0))
+        for number in range(1, 4):
+            os.utime(publish(word=f"later {number}").root, (number, number))
+        store.forget_old_builds(keep=1)
+        assert first.tree.is_dir() and len(list((cache / "builds").iterdir())) == 2
+        user.stdin.close()
+    store.forget_old_builds(keep=1)
+    assert not first.root.exists()
 
 
 def test_a_full_disk_is_one_line() -> None:
