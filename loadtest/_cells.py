@@ -2,10 +2,11 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pandas as pd
 
-from loadtest import _starts, _stats, _verdict
+from loadtest import _arrivals, _starts, _stats, _verdict
 from loadtest._folder import Folder, Key, Requests, Target
 from loadtest._schema import Cell, Lateness, Ratios
 from loadtest._verdict import Margins
@@ -29,9 +30,10 @@ def cells(folder: Folder, base: str | None, logs: Logs, primary: list[tuple[str,
     began_ns = int(folder.blocks["start_ns"].min()) if len(folder.blocks) else 0
     ratios: dict[Key, Ratios] = {}
     busy = limited(folder)
+    given = {target.name for target in folder.targets if target.kind == "url"}
     for target in folder.targets:
         if base is not None and target.name != base and not target.emulated:
-            ratios |= judged(target.name, base, keys, logs, primary, margin, busy)
+            ratios |= judged(target.name, base, keys, logs, primary, margin, busy, bool({target.name, base} & given))
     return [
         _cell(
             target,
@@ -42,6 +44,7 @@ def cells(folder: Folder, base: str | None, logs: Logs, primary: list[tuple[str,
             ratios.get(key),
             began_ns,
             busy.get(key, 0.0),
+            folder.plan.min_requests,
         )
         for model, load in keys
         for target in folder.targets
@@ -51,11 +54,12 @@ def cells(folder: Folder, base: str | None, logs: Logs, primary: list[tuple[str,
 
 def judged(
     ours: str, base: str, keys: list[tuple[str, str]], logs: Logs, primary: list[tuple[str, str]], margin: Margins,
-    limited: dict[Key, float],
+    limited: dict[Key, float], instances: bool = False,
 ) -> dict[Key, Ratios]:  # fmt: skip
     """The ratios of one target over another in every cell that it has, with verdicts where the cell is primary.
 
     `limited`: the share of each cell's blocks in which the load client could not keep up.
+    `instances`: one of the two cannot be started again, so that whatever is found is about this instance of it.
     """
     found: dict[Key, tuple[Ratios, bool]] = {}
     blocked: dict[tuple[int, str], str] = {}
@@ -63,12 +67,21 @@ def judged(
         mine, theirs = logs.get((ours, *key)), logs.get((base, *key))
         if mine is None:
             continue
-        for name in ("p50", "p99"):
+        for name in ("p50", "p99", "throughput"):
             if max(limited.get((ours, *key), 0), limited.get((base, *key), 0)) > LIMITED:
                 blocked[len(found), name] = "client-limited, the load client could not keep up"
-            elif theirs is not None and (why := _starts.unsteady(mine, theirs, name, getattr(margin, name))):
+            elif (
+                name != "throughput"
+                and theirs is not None
+                and (why := _starts.unsteady(mine, theirs, name, getattr(margin, name)))
+            ):
                 blocked[len(found), name] = why
-        found[ours, *key] = (_starts.ratios(mine, theirs), key in primary)
+        ratios = _starts.ratios(mine, theirs)
+        if instances:
+            ratios = Ratios(
+                *(one and one.replace(of=one.of and "instances") for one in msgspec.structs.astuple(ratios))
+            )
+        found[ours, *key] = (ratios, key in primary)
     return dict(zip(found, _verdict.judge(list(found.values()), margin, blocked), strict=True))
 
 
@@ -90,7 +103,7 @@ def _lateness(of_cell: pd.DataFrame) -> Lateness | None:
 
 def _cell(
     target: Target, key: Key, found: Requests, blocks: pd.DataFrame, logs: pd.DataFrame, ratio: Ratios | None,
-    began_ns: int, busy: float,
+    began_ns: int, busy: float, wanted: int,
 ) -> Cell:  # fmt: skip
     us = found.rows["us"].to_numpy()
     good = us[np.isfinite(us)]
@@ -102,6 +115,8 @@ def _cell(
         caveats.append(
             f"{target.label}, {key[1]}, {key[2]}: {failures} of {len(us)} requests failed ({kinds}); they count as +∞"
         )
+    caveats += [f"{target.label}, {key[1]}, {key[2]}: {text}" for text in _gaps(blocks, key[2])]
+    caveats += [f"{target.label}, {key[1]}, {key[2]}: {text}" for text in _few(found.rows, wanted)]
     if busy > LIMITED:
         caveats.append(
             f"{target.label}, {key[1]}, {key[2]}: client-limited in {busy:.0%} of its blocks: the figures are the "
@@ -128,6 +143,20 @@ def _cell(
         typical_p50_us=typical["p50"], typical_p99_us=typical["p99"],
         ratio=ratio, caveats=caveats,
     )  # fmt: skip
+
+
+def _gaps(of_cell: pd.DataFrame, load: str) -> list[str]:
+    """That connections ended, whoever ended them, and were opened again."""
+    if "reconnects" not in of_cell or not (times := int(of_cell["reconnects"].fillna(0).sum())):
+        return []
+    text = f"connections ended and were opened again {times:,} times, {of_cell['gap_ns'].sum() / 1e9:.3g} s in all"
+    return [text + ("" if _arrivals.parse(load).open else ", which in a closed loop is in no latency")]
+
+
+def _few(rows: pd.DataFrame, wanted: int) -> list[str]:
+    """That a start ended with fewer requests than the plan wants of a cell."""
+    least = int(rows.groupby("restart").size().min()) if len(rows) else 0
+    return [f"{least:,} requests in a start, where the plan wants {wanted:,} (min_requests)"] if least < wanted else []
 
 
 def _quantiles(us: _stats.Floats) -> tuple[dict[str, float | None], dict[str, int], list[str]]:

@@ -19,7 +19,8 @@ from loadtest._verdict import Margins
 
 # What a plan may have otherwise: it makes intervals narrower or leaves something out, and changes no figure's meaning.
 FREE = ("seed", "quick", "seconds", "emulated_seconds", "restarts", "until_ci", "only", "targets", "jobs", "primary",
-        "margin", "boot_timeout_s", "models", "loads", "allow_difference")  # fmt: skip
+        "margin", "boot_timeout_s", "models", "loads", "allow_difference", "bound", "work_iterations")  # fmt: skip
+COUNTED_APART = 0.1  # as a share of iterations of the model work: each run counts how many take its `work_us`
 Key = tuple[str, str, str]  # target, model, load
 
 
@@ -46,7 +47,7 @@ def compare(
     differs = _differences(first, second)
     if differs:
         raise NotComparableError(f"{old} and {new} cannot be compared: {'; '.join(differs)}")
-    caveats = _caveats(first.summary, second.summary)
+    caveats = [*_caveats(first.summary, second.summary), *_work(first.plan, second.plan)]
     if caveats and strict:
         raise NotComparableError(f"{old} and {new} are not alike (--strict): {'; '.join(caveats)}")
     margins = Margins(**second.summary.margins)
@@ -102,6 +103,17 @@ def _caveats(old: Summary, new: Summary) -> list[str]:
     return found
 
 
+def _work(old: Plan, new: Plan) -> list[str]:
+    first, second = old.work_iterations, new.work_iterations
+    if (
+        "work" not in old.models
+        or "work" not in new.models
+        or abs(first - second) <= COUNTED_APART * max(first, second)
+    ):
+        return []
+    return [f"work: {first:,} and {second:,} iterations"]
+
+
 def _short(digest: str | None) -> str:
     return digest[:12] if digest else "unknown"
 
@@ -115,8 +127,16 @@ def _changes(old: Summary, new: Summary, margin: Margins) -> dict[Key, Ratios]:
     changes: dict[Key, Ratios] = {}
     for target in dict.fromkeys(target for target, _, _ in ours):
         keys = [key for key in ours if key[0] == target and key in theirs]
-        found = [(_change(ours[key].ratio, theirs[key].ratio), f"{key[1]}:{key[2]}" in new.primary) for key in keys]
-        changes |= dict(zip(keys, _verdict.judge(found, margin), strict=True))
+        pairs = [(ours[key].ratio, theirs[key].ratio) for key in keys]
+        found = [(_change(*pair), f"{key[1]}:{key[2]}" in new.primary) for key, pair in zip(keys, pairs, strict=True)]
+        blocked = {
+            (number, name): why
+            for number, pair in enumerate(pairs)
+            for name in _gate.METRICS
+            for one in pair
+            if (why := getattr(one, name).blocked)
+        }
+        changes |= dict(zip(keys, _verdict.judge(found, margin, blocked), strict=True))
     return changes
 
 
@@ -126,9 +146,15 @@ def _change(new: Ratios | None, old: Ratios | None) -> Ratios:
 
 
 def _over(new: Ratio, old: Ratio) -> Ratio:
-    """The ratio of two independent ratios: Welch's interval for the difference of their logarithms."""
+    """The ratio of two independent ratios: Welch's interval for the difference of their logarithms.
+
+    What falls among failed requests in one run alone is infinitely more, or less, than in the other."""
+    of = "starts" if new.of == old.of == "starts" else "instances"
+    there = [one.infinite or one.estimate is not None for one in (new, old)]
+    if all(there) and new.infinite != old.infinite:
+        return Ratio(None, infinite=new.infinite or -old.infinite, of=of, n=min(new.n, old.n))
     if new.estimate is None or old.estimate is None:
-        return Ratio(None, reason=new.reason or old.reason)
+        return Ratio(None, reason=new.reason or old.reason or "in both runs it falls among failed requests")
     estimate = new.estimate / old.estimate
     if new.log_se is None or old.log_se is None or new.df is None or old.df is None:
         return Ratio(estimate, reason=new.reason or old.reason)
@@ -137,7 +163,6 @@ def _over(new: Ratio, old: Ratio) -> Ratio:
         _stats.Location(math.log(old.estimate), old.log_se, old.df),
     )
     middle, low, high = (math.exp(value) for value in _stats.interval(at))
-    of = "starts" if new.of == old.of == "starts" else "instances"
     return Ratio(middle, low, high, of=of, n=min(new.n, old.n), log_se=at.se, df=at.df)
 
 
@@ -175,6 +200,8 @@ def grid(comparison: Comparison) -> Grid:
 
 
 def _columns(ratio: Ratio) -> Sequence[str]:
+    if ratio.infinite:
+        return _verdict.INFINITE[ratio.infinite], _verdict.INFINITE[ratio.infinite]
     if ratio.estimate is None:
         return "–", "–"
     if ratio.low is None or ratio.high is None:

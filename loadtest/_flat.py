@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterator
 
-from loadtest._schema import Ratio, Span, Summary
+from loadtest._schema import Ratio, Ratios, Span, Summary
 
 COLUMNS = (
     "what", "target", "emulated", "model_or_job", "load_or_scale", "figure", "unit", "value", "low", "high", "verdict",
@@ -34,8 +34,7 @@ def _rows(summary: Summary) -> Iterator[Row]:
         for name in ("typical_p50_us", "typical_p99_us"):
             yield (*where, name, "µs", *_ends(getattr(cell, name)), None)
         if cell.ratio is not None:
-            for name in ("p50", "p99", "throughput"):
-                yield from _ratio(where, f"{name} over {summary.baseline}", getattr(cell.ratio, name))
+            yield from _ratios(where, str(summary.baseline), cell.ratio)
     for row in summary.batch:
         where = ("batch", row.label, row.emulated, row.job, row.scale)
         low, high = row.ci95_s or (None, None)
@@ -46,10 +45,64 @@ def _rows(summary: Summary) -> Iterator[Row]:
         for part in one.parts:
             where = ("stages", one.label, one.emulated, one.model, one.load)
             yield (*where, f"{part.name} at {one.band}", "µs", *_ends(part.us), None)
+    yield from _direct(summary)
+    yield from _of_targets(summary)
+
+
+def _direct(summary: Summary) -> Iterator[Row]:
+    """The target over another than the baseline."""
+    if summary.direct is None:
+        return
+    labels = {target.name: target.label for target in summary.targets}
+    ours, over = labels[summary.direct.target], labels[summary.direct.over]
+    for cell in summary.direct.cells:
+        yield from _ratios(("serving", ours, False, cell.model, cell.load), over, cell.ratio)
+    for job in summary.direct.batch:
+        yield from _ratio(("batch", ours, False, job.job, job.scale), f"mean over {over}", job.ratio)
+
+
+def _of_targets(summary: Summary) -> Iterator[Row]:
+    """What is no figure of one cell or job: starts, peaks, the price of isolation."""
+    for start in summary.starts:
+        where: Row = ("starts", start.label, start.emulated, None, None)
+        yield (*where, "ready_s", "s", *_ends(start.ready_s), None)
+        yield (*where, "first_prediction_ms", "ms", *_ends(start.first_prediction_ms), None)
+        for name, ratio in (("ready", start.ready_ratio), ("first_prediction", start.first_prediction_ratio)):
+            if ratio is not None:
+                yield from _ratio(where, f"{name} over {summary.baseline}", ratio)
+    for peak in summary.peaks:
+        yield (
+            "peak",
+            peak.label,
+            peak.emulated,
+            peak.model,
+            peak.bound,
+            "rate_rps",
+            "1/s",
+            *_ends(peak.rate_rps),
+            None,
+        )
+    for price in summary.prices:
+        where = ("price", price.label, False, price.predicted, price.load)
+        for name, unit in (
+            ("per_request_us", "µs"),
+            ("per_compute", "µs/µs"),
+            ("predicted_us", "µs"),
+            ("error_us", "µs"),
+        ):
+            yield (*where, name, unit, *_ends(getattr(price, name)), None)
+
+
+def _ratios(where: Row, over: str, ratios: Ratios) -> Iterator[Row]:
+    for name in ("p50", "p99", "throughput", "p50_kernel", "p99_kernel"):
+        ratio: Ratio | None = getattr(ratios, name)
+        if ratio is not None:
+            yield from _ratio(where, f"{name} over {over}", ratio)
 
 
 def _ratio(where: Row, name: str, ratio: Ratio) -> Iterator[Row]:
-    yield (*where, name, "ratio", ratio.estimate, ratio.low, ratio.high, ratio.verdict)
+    estimate = {1: "inf", -1: 0}.get(ratio.infinite, ratio.estimate)
+    yield (*where, name, "ratio", estimate, ratio.low, ratio.high, ratio.verdict)
     if ratio.added_us is not None:
         yield (*where, f"{name}, added", "µs", *_ends(ratio.added_us), None)
 

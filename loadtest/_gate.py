@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from images.errors import UsageError
 from loadtest._schema import Ratio
-from loadtest._verdict import span
+from loadtest._verdict import INFINITE, span
 
 EXCEEDED, KEPT, OPEN = 3, 0, 5
 METRICS = ("p50", "p99", "throughput")
@@ -55,6 +55,12 @@ def worst(outcomes: Iterable[Outcome]) -> int:
 def _one(gate: Gate, ratio: Ratio | None) -> Outcome:
     if ratio is None:
         return Outcome(OPEN, f"can't tell: {gate.text}: there is no such figure")
+    if ratio.blocked:
+        return Outcome(OPEN, f"can't tell: {gate.text}: {ratio.blocked}")
+    if ratio.infinite:
+        exceeded = (ratio.infinite > 0) == (gate.sign == ">")
+        shown = f"{gate.text}: it is {INFINITE[ratio.infinite]}, one of the two falls among failed requests throughout"
+        return Outcome(EXCEEDED, f"exceeded: {shown}") if exceeded else Outcome(KEPT, f"kept: {shown}")
     if ratio.low is None or ratio.high is None:
         return Outcome(OPEN, f"can't tell: {gate.text}: no interval ({ratio.reason})")
     beyond, within = ratio.low > gate.limit, ratio.high < gate.limit

@@ -91,7 +91,8 @@ def _measured(
     found = []
     if native:
         pictures = _each(native, _cell_key, lambda cells: _plots.latency(cells, labels), _has_curve)
-        found.append(Section("Latency by quantile", pictures=pictures, tables=[_tables.serving("Serving", native)],
+        grids = [_tables.serving("Serving", native), *_tables.typical(native)]
+        found.append(Section("Latency by quantile", pictures=pictures, tables=grids,
                              folded=[_curves(native)]))  # fmt: skip
     compared = [cell for cell in native if cell.ratio and (cell.ratio.p50.estimate or cell.ratio.p99.estimate)]
     if compared:
@@ -141,6 +142,8 @@ def _emulated(summary: Summary, name: str, label: str) -> list[Section]:
     pictures = _each(cells, _cell_key, lambda of_cell: _plots.latency(of_cell, [label]), _has_curve)
     tables = [_tables.serving("Serving, emulated", cells)] if cells else []
     tables += [_tables.jobs("Batch jobs, emulated", jobs)] if jobs else []
+    if peaks := [row for row in summary.peaks if row.target == name]:
+        tables.append(_tables.peaks("Peak, emulated", peaks))
     folded = [_curves(cells)] if cells else []
     folded += _tables.stages(summary, emulated=True, target=name)
     return [Section(f"{label}, emulated", words, pictures, tables, folded, True)] if tables else []

@@ -29,6 +29,8 @@ class Ratio(msgspec.Struct, frozen=True):
     standard error and degrees of freedom of its logarithm. `verdict` stands for p50 and p99 of primary cells only:
     slower, faster, no difference seen, or can't tell, by `p_holm` and `margin`; `starts_needed` is about how many
     starts would tell (null: unknown, or above 1,000). `could_be` is how large a difference could still be.
+    `infinite`: 1 where the figure falls among failed requests in every start (or quad) and the baseline's in none, -1
+    the other way round; there is no estimate then. `blocked`: why neither a verdict nor a gate rests on it.
     """
 
     estimate: float | None
@@ -47,6 +49,8 @@ class Ratio(msgspec.Struct, frozen=True):
     margin: float | None = None
     starts_needed: int | None = None
     could_be: str | None = None
+    infinite: int = 0
+    blocked: str | None = None
 
     def replace(self, **changes: Any) -> "Ratio":
         return msgspec.structs.replace(self, **changes)

@@ -44,8 +44,8 @@ def stages(folder: Folder) -> tuple[list[Stages], list[str]]:
                     of_band = means.get(((target.name, model, load), band))
                     if of_band:
                         found.append(_one(target.name, target.label, target.emulated, model, load, band, of_band))
-    if not any(part.name == "residual" for one in found for part in one.parts):
-        return [], _client(found)  # the columns are there, and no server filled them
+    if all(len(one.parts) == 2 for one in found):
+        return [], _client(found)  # neither a server nor the kernel said anything: all is residual
     return found, [*_negative(negative, folder), *_client(found), *_unlike(found, folder.plan.loads[0])]
 
 
@@ -65,22 +65,29 @@ def _cuts(folder: Folder) -> Cut:
 
 
 def _means(folder: Folder, cuts: Cut) -> tuple[Means, dict[Key, tuple[int, int]]]:
-    """Means in µs per cell, band and restart; and per cell how many residuals are below 0, of how many requests."""
-    sums: dict[tuple[Key, str, int], pd.DataFrame] = {}
+    """Means in µs per cell, band and restart; and per cell how many residuals are below 0, of how many requests.
+
+    Where not all requests of a cell and band have the same parts (a stamp that was lost, a server that tells its stages
+    now and then), the means are of those that are most: so they sum to their total.
+    """
+    sums: dict[tuple[Key, str], dict[int, dict[int, pd.Series[float]]]] = defaultdict(lambda: defaultdict(dict))
     negative: dict[Key, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for key, restart, parts in _groups(folder):
-        known = parts["residual"].notna()
+        told = parts["server_rest"].notna()
         below, seen = negative[key]
-        negative[key] = below + int((parts["residual"] < 0).sum()), seen + int(known.sum())
+        negative[key] = below + int((parts.loc[told, "residual"] < 0).sum()), seen + int(told.sum())
         for band, (low, high) in cuts.get((key, restart), {}).items():
             chosen = parts[(parts["total"] >= low) & (parts["total"] <= high)]
-            if len(chosen):
-                counted = pd.DataFrame({"sum": chosen.sum(min_count=len(chosen)), "n": float(len(chosen))})
-                before = sums.get((key, band, restart))
-                sums[key, band, restart] = counted if before is None else before + counted
+            known = chosen.notna().to_numpy() @ (1 << np.arange(len(chosen.columns)))  # a bit for each part
+            for pattern, rows in chosen.groupby(known):
+                of_pattern = sums[key, band][int(str(pattern))]
+                added = pd.concat([rows.sum(min_count=1), pd.Series({"requests": float(len(rows))})])
+                of_pattern[restart] = of_pattern[restart] + added if restart in of_pattern else added
     means: Means = defaultdict(dict)
-    for (key, band, restart), both in sums.items():
-        means[key, band][restart] = pd.concat([both["sum"] / both["n"], pd.Series({"requests": both["n"].iloc[0]})])
+    for place, patterns in sums.items():
+        most = max(patterns.values(), key=lambda starts: sum(one["requests"] for one in starts.values()))
+        for restart, one in most.items():
+            means[place][restart] = pd.concat([one.drop("requests") / one["requests"], one[["requests"]]])
     return means, dict(negative)
 
 
@@ -103,10 +110,12 @@ def _parts(part: pd.DataFrame) -> pd.DataFrame:
     nothing = pd.Series(np.nan, index=part.index)
     total, sent, first = since["received_ns"], since["sent_ns"], since.get("first_byte_ns", nothing)
     server = us(SERVER[-1])
-    parts = {"total": total, "client_queue": sent} | {stage: us(f"server_{stage}_ns") for stage in STAGES}
+    parts = {"total": total, "client_queue": sent}
+    parts |= {stage: us(f"server_{stage}_ns").where(server.notna()) for stage in STAGES}
     parts["server_rest"] = server - pd.DataFrame({stage: parts[stage] for stage in STAGES}).sum(axis=1)
     parts["client_receive"] = total - first
-    parts["residual"] = total - sent - server - parts["client_receive"].fillna(0.0)
+    # What is not known is in the residual.
+    parts["residual"] = total - sent - server.fillna(0.0) - parts["client_receive"].fillna(0.0)
     return pd.DataFrame(parts)
 
 
@@ -154,12 +163,13 @@ def _client(found: list[Stages]) -> list[str]:
 def _unlike(found: list[Stages], load: str) -> list[str]:
     """What lies between the two ends should not depend on the model, but for the size of what is sent.
 
-    At the first load only: with more connections a request waits for others, and the residual holds that."""
+    At the first load only: with more connections a request waits for others, and the residual holds that. And only
+    where the server's part is known: else the residual holds the model."""
     residuals = {
         (one.label, one.model): part.us
         for one in found
         for part in one.parts
-        if (one.band, one.load, part.name) == ("p50", load, "residual")
+        if (one.band, one.load, part.name) == ("p50", load, "residual") and _told(one)
     }
     apart = []
     for (label, model), span in residuals.items():
@@ -169,6 +179,10 @@ def _unlike(found: list[Stages], load: str) -> list[str]:
     if not apart:
         return []
     return [f"residuals at {load} whose interval does not meet that of null, in µs: {'; '.join(apart)}"]
+
+
+def _told(one: Stages) -> bool:
+    return any(part.name == "server_rest" for part in one.parts)
 
 
 def _meet(one: Span, other: Span) -> bool:

@@ -191,11 +191,22 @@ def _of_quantile(both: pd.DataFrame, name: str) -> Ratio:
     quads = _differences(both, name)
     starts = np.array([_of_start(np.array(values, dtype=float)) for _, values in quads.groupby("restart")])
     if not np.isfinite(starts).all():
-        return Ratio(None, reason="it falls among failed requests, or none was answered")
+        return _infinite(Units(np.array(quads, dtype=float), starts))
     said = quads.notna()
     found = _ratio(Units(np.array(quads[said], dtype=float), starts), trim=True)
     levels = np.exp([_stats.trimmed(np.array(level, dtype=float)) for _, level in base[said].groupby("restart")])
     return _added(found, levels, starts)
+
+
+def _infinite(units: Units) -> Ratio:
+    """Where some differences are infinite: all of them in one direction, which is a result, or no figure."""
+    over_starts = len(units.starts) >= _stats.MIN_PAIRS
+    over = units.starts if over_starts else units.quads
+    if len(over) >= _stats.MIN_PAIRS and np.isinf(over).all() and (over == over[0]).all():
+        return Ratio(
+            None, of="starts" if over_starts else "instances", n=len(over), infinite=1 if over[0] > 0 else -1
+        )  # fmt: skip
+    return Ratio(None, reason="it falls among failed requests, or none was answered")
 
 
 def _of_throughput(both: pd.DataFrame) -> Ratio:

@@ -105,16 +105,16 @@ def _restarts(folder: Folder) -> int:
 
 
 def _start_costs(targets: list[Target], base: str | None) -> list[StartCost]:
-    """Where targets were started more than once."""
+    """Where targets were started more than once; a server given by URL was started by nobody here."""
 
     def of(target: Target | None, name: str) -> dict[int, float]:
         starts = target.starts if target else []
         return {start.restart: value for start in starts if (value := getattr(start, name))}
 
-    against = next((target for target in targets if target.name == base), None)
+    against = next((target for target in targets if target.name == base and target.kind != "url"), None)
     found = []
     for target in targets:
-        if len(target.starts) > 1:
+        if len(target.starts) > 1 and target.kind != "url":
             compared = target.name != base and not target.emulated and against is not None and against.starts
             ready, first = of(target, "ready_s"), of(target, "first_prediction_ms")
             ratios = [

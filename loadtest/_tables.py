@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 from loadtest._schema import Batch, Cell, Direct, Peak, Ratio, Ratios, Span, Summary
-from loadtest._verdict import in_words, percent
+from loadtest._verdict import INFINITE, in_words, percent
 
 NOTHING = "–"
 RATIOS = ("p50 ×", "p99 ×", "req/s ×")
@@ -30,6 +30,7 @@ def grids(summary: Summary) -> list[Grid]:
     if native or batch:
         found.append(overview(summary, native, batch))
     found += [serving("Serving", native)] if native else []
+    found += typical(native)
     found += [jobs("Batch jobs", batch)] if batch else []
     if any(cell.ratio for cell in native):
         found.append(ratios(f"Serving, over {summary.baseline}, with 95 % intervals", native))
@@ -82,13 +83,17 @@ def verdicts(summary: Summary) -> Grid:
     margins = ", ".join(f"{100 * share:g} % at {name}" for name, share in summary.margins.items())
     notes = [f"a difference counts from {margins} on; p-values are Holm-corrected within a target"]
     if any(ratio.of == "instances" for *_, both in given for ratio in (both.p50, both.p99)):
-        notes.append("of these instances: fewer than 3 starts each, and two starts of one program differ too")
+        notes.append(
+            "of these instances: fewer than 3 starts of each, or a server that cannot be started again; and two starts "
+            "of one program differ too"
+        )
+    notes += _endless(ratio for *_, both in given for ratio in (both.p50, both.p99))
     return Grid("Verdicts", ("where", "what", "verdict", "difference", "µs"), rows, notes, words=3)
 
 
 def _difference(ratio: Ratio) -> str:
     if ratio.estimate is None:
-        return NOTHING
+        return INFINITE.get(ratio.infinite, NOTHING)
     if ratio.low is None or ratio.high is None:
         return f"{percent(ratio.estimate)} ({NOTHING})"
     return f"{percent(ratio.estimate)} ({percent(ratio.low)[:-2]} to {percent(ratio.high)[:-2]})"
@@ -320,6 +325,27 @@ def serving(title: str, cells: Sequence[Cell]) -> Grid:
     return Grid(title, columns, rows, notes + [text for cell in cells for text in cell.caveats])
 
 
+def typical(cells: Sequence[Cell]) -> list[Grid]:
+    """What a block typically has, on which ratios rest, beside what all requests together have; none where no block has
+    a quantile of its own."""
+    rows = [
+        (f"{cell.model}, {cell.load}", cell.label, *_beside(cell, "p50"), *_beside(cell, "p99"))
+        for cell in cells
+        if cell.typical_p50_us or cell.typical_p99_us
+    ]
+    columns = ("model, load", "target", "typical\np50 µs", "of all", "typical\np99 µs", "of all")
+    notes = [
+        "typical: of blocks less the lowest and the highest fifth, over starts, with its 95 % interval; ratios rest on "
+        "it; of all: all requests together, with the stalls"
+    ]
+    return [Grid("Typical latency, beside that of all requests", columns, rows, notes)] if rows else []
+
+
+def _beside(cell: Cell, name: str) -> tuple[str, str]:
+    span: Span | None = getattr(cell, f"typical_{name}_us")
+    return _span(span) if span else NOTHING, _quantile(cell, name)
+
+
 def jobs(title: str, batch: Sequence[Batch]) -> Grid:
     """A job that ran once has a time and nothing around it."""
     rows: list[tuple[str, ...]] = []
@@ -391,13 +417,22 @@ def _three(ratios: Ratios) -> list[Ratio]:
 
 
 def _reasons(ratios: Iterable[Ratio]) -> list[str]:
-    reasons = _unique(ratio.reason for ratio in ratios if ratio.reason)
-    return [f"{NOTHING}, or no interval, where: {'; '.join(reasons)}"] if reasons else []
+    every = list(ratios)
+    reasons = _unique(ratio.reason for ratio in every if ratio.reason and not ratio.blocked)
+    blocked = _unique(ratio.blocked for ratio in every if ratio.blocked)
+    found = [f"{NOTHING}, or no interval, where: {'; '.join(reasons)}"] if reasons else []
+    found += [f"no verdict and no gate rests on some of these: {'; '.join(blocked)}"] if blocked else []
+    return found + _endless(every)
+
+
+def _endless(ratios: Iterable[Ratio]) -> list[str]:
+    told = "∞: it falls among failed requests throughout, and the baseline's does not; −100 %, 0: the other way round"
+    return [told] if any(ratio.infinite for ratio in ratios) else []
 
 
 def _ratio(ratio: Ratio | None) -> str:
     if ratio is None or ratio.estimate is None:
-        return NOTHING
+        return {1: "∞", -1: "0"}.get(ratio.infinite if ratio else 0, NOTHING)
     decimals = 3 if max(ratio.estimate, ratio.high or 0) < 10 else 1
     if ratio.low is None or ratio.high is None:
         return f"{ratio.estimate:.{decimals}f} ({NOTHING})"

@@ -13,6 +13,7 @@ from loadtest._schema import Ratio, Ratios
 SLOWER, FASTER, NONE, OPEN = "slower", "faster", "no difference seen", "can't tell"
 NO_VERDICT = "described, not judged"
 VERDICTS = (SLOWER, FASTER, NONE, OPEN)
+INFINITE = {1: "∞", -1: "−100 %"}  # a difference, where one of the two falls among failed requests throughout
 
 
 class Margins(NamedTuple):
@@ -38,7 +39,7 @@ def judge(
 ) -> list[Ratios]:
     """The ratios of one target, each with whether its cell is primary, with their verdicts.
 
-    `blocked`: by a cell's number and p50 or p99, why there is no verdict on it, whatever its figure.
+    `blocked`: by a cell's number and p50, p99 or throughput, why no verdict and no gate rests on it.
 
     The primary p50 and p99 are one family of tests: a difference counts when Holm's correction leaves its p-value below
     5 % and its estimate exceeds the margin. "No difference seen" needs the 95 % interval inside the margin: two
@@ -57,13 +58,14 @@ def judge(
     for number, (ratios, primary) in enumerate(cells):
         changed: dict[str, Ratio] = {}
         for name in ("p50", "p99", "throughput"):
-            ratio = getattr(ratios, name).replace(could_be=could_be(getattr(ratios, name)))
+            why = (blocked or {}).get((number, name))
+            ratio = getattr(ratios, name).replace(could_be=could_be(getattr(ratios, name)), blocked=why)
             if primary and name != "throughput":
                 place = (number, name)
                 ratio = ratio.replace(p_value=tested.get(place), p_holm=adjusted.get(place))
                 ratio = _decide(ratio, getattr(margin, name), len(family))
-                if blocked and place in blocked:
-                    ratio = ratio.replace(verdict=OPEN, reason=blocked[place], starts_needed=None)
+                if why:
+                    ratio = ratio.replace(verdict=OPEN, reason=why, starts_needed=None)
             changed[name] = ratio
         out.append(msgspec.structs.replace(ratios, **changed))
     return out
@@ -77,6 +79,8 @@ def _p(ratio: Ratio) -> float | None:
 
 def _decide(ratio: Ratio, margin: float, tests: int) -> Ratio:
     ratio = ratio.replace(margin=margin)
+    if ratio.infinite:
+        return ratio.replace(verdict=SLOWER if ratio.infinite > 0 else FASTER)
     if ratio.estimate is None or ratio.low is None or ratio.high is None or ratio.p_holm is None:
         return ratio.replace(verdict=OPEN)
     if 1 / (1 + margin) < ratio.low and ratio.high < 1 + margin:
@@ -107,6 +111,8 @@ def span(low: float, high: float) -> str:
 
 def could_be(ratio: Ratio) -> str | None:
     """How large a difference the interval still allows, in words; None where there is no interval."""
+    if ratio.infinite:
+        return f"no more than {INFINITE[ratio.infinite]}"
     if ratio.low is None or ratio.high is None:
         return None
     if ratio.low > 1:
@@ -134,7 +140,7 @@ def in_words(ratio: Ratio) -> str:
     if ratio.reason:
         return f"{text}: {ratio.reason}"
     if ratio.of != "starts":
-        return f"{text} from one start"
+        return f"{text} from so few starts"
     if ratio.starts_needed is None:
         return f"{text} with {ratio.n} starts, being too near the margin"
     return f"{text} with {ratio.n} starts, about {_rounded(max(ratio.starts_needed, ratio.n + 1))} would"

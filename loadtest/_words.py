@@ -58,6 +58,9 @@ def _sentence(where: str, model: str, load: str, over: str, p50: Ratio, p99: Rat
 
 def _half(ratio: Ratio, where: str, verb: str = "") -> str:
     """`61 µs longer than process at p50 (+38 %, 95 % interval +36 to +41 %): slower`."""
+    if ratio.infinite:
+        falls = "falls among failed requests" if ratio.infinite > 0 else "is answered"
+        return f"{falls}{where.replace(' than', ' unlike')}: {in_words(ratio)}"
     if ratio.estimate is None:
         return f"has no figure{where.replace(' than', ' over')} ({ratio.reason})"
     if ratio.low is None or ratio.high is None or ratio.added_us is None:

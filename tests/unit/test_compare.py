@@ -45,6 +45,44 @@ def test_the_interval_of_a_change_holds_what_both_runs_scatter_by(tmp_path: Path
     assert change.df is not None and 5 <= change.df <= 10 and change.of == "starts"
 
 
+def test_what_falls_among_failures_in_one_run_alone_is_a_change(tmp_path: Path) -> None:
+    old, new = run(tmp_path / "old"), run(tmp_path / "new", failures={"b": 12}, seed=2)
+    change = _compare.compare(old, new).changes["b", "knn", "closed-1"]
+    assert (change.p99.infinite, change.p99.verdict, change.p50.verdict) == (1, "slower", "no difference seen")
+    back = _compare.compare(new, old).changes["b", "knn", "closed-1"].p99
+    assert (back.infinite, back.verdict) == (-1, "faster")
+    both = _compare.compare(new, new).changes["b", "knn", "closed-1"].p99
+    assert (both.infinite, both.verdict) == (0, "can't tell") and "in both runs" in str(both.reason)
+    gate = _gate.parse("b:knn:closed-1:p99>+10%")
+    assert [one.code for one in _compare.gates([gate], _compare.compare(old, new))] == [3]
+
+
+def test_a_run_whose_client_could_not_keep_up_is_no_verdict_on_another(tmp_path: Path) -> None:
+    old, new = run(tmp_path / "old"), run(tmp_path / "new", 1.3, seed=2)
+    text = (new / "blocks.csv").read_text()
+    head, *lines = text.splitlines()
+    assert head.endswith(",client_limited") and all(line.endswith(",0") for line in lines)
+    (new / "blocks.csv").write_text("\n".join([head, *(line[:-1] + "1" for line in lines)]) + "\n")
+    found = _compare.compare(old, new)
+    change = found.changes["b", "knn", "closed-1"]
+    assert change.p50.verdict == "can't tell" and "client-limited" in str(change.p50.blocked)
+    gates = [_gate.parse(f"b:knn:closed-1:{end}") for end in ("p50>+10%", "p50>+90%", "throughput<-50%")]
+    assert [one.code for one in _compare.gates(gates, found)] == [5, 5, 5]
+
+
+def test_iterations_that_each_run_counts_are_no_other_plan(tmp_path: Path) -> None:
+    old, new = run(tmp_path / "old"), run(tmp_path / "new", seed=2)
+
+    def counted(path: Path, iterations: int) -> None:
+        plan = _plan.read(path / "plan.toml")
+        _plan.save(replace(plan, models=("knn", "work"), work_iterations=iterations), path / "plan.toml")
+
+    counted(old, 10_000)
+    for iterations, said in ((10_500, []), (13_000, ["work: 10,000 and 13,000 iterations"])):
+        counted(new, iterations)
+        assert [text for text in _compare.compare(old, new).caveats if text.startswith("work")] == said
+
+
 def test_no_baseline_in_common_and_another_plan_are_no_comparison(tmp_path: Path) -> None:
     old, other = run(tmp_path / "old"), run(tmp_path / "other", name="c")
     with pytest.raises(NotComparableError, match="the baselines are a and c"):

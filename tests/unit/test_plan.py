@@ -26,6 +26,8 @@ def plan(*targets: str, **values: object) -> Plan:
         ("a=docker:cpus=1,mem_mib=512", {"name": "a", "kind": "docker", "cpus": 1, "mem_mib": 512}),
         ("docker:runtime=runsc", {"name": "docker", "kind": "docker", "runtime": "runsc"}),
         ("firecracker:console=false", {"name": "firecracker", "kind": "firecracker", "console": False}),
+        ("fc116=firecracker:binary=/opt/fc-1.16", {"name": "fc116", "kind": "firecracker", "binary": "/opt/fc-1.16"}),
+        ("old=docker:image=shop/a:1.2", {"name": "old", "kind": "docker", "image": "shop/a:1.2"}),
         ('firecracker:"boot_args=quiet,x"', {"name": "firecracker", "kind": "firecracker", "boot_args": "quiet,x"}),
         (
             "process:spin_us=210,spin_tail_p=0.03",

@@ -150,7 +150,8 @@ def test_a_run_of_load_alone_is_whole_and_has_no_table_of_jobs(tmp_path: Path) -
     text = text_of(tmp_path)
     assert "PARTIAL" not in text and "batch" not in text.partition("## Targets")[0]
     assert titles(text) == [
-        "Verdicts", "Targets", "Serving and batch side by side", "Serving", "Serving, over a, with 95 % intervals",
+        "Verdicts", "Targets", "Serving and batch side by side", "Serving",
+        "Typical latency, beside that of all requests", "Serving, over a, with 95 % intervals",
         "How large a difference to a could still be, at 95 %", "How to read it",
     ]  # fmt: skip
     assert "2023" not in text
@@ -291,6 +292,38 @@ def test_every_format_holds_the_figures(tmp_path: Path) -> None:
     assert json.loads(_report.formatted(summary, "json")) == json.loads((tmp_path / "summary.json").read_text())
     assert _report.formatted(summary, "md") == (tmp_path / "report.md").read_text()
     assert _report.formatted(summary, "html") == (tmp_path / "report.html").read_text()
+
+
+def test_the_csv_holds_starts_peaks_prices_and_firecracker_over_docker(tmp_path: Path) -> None:
+    starts = [{"restart": n, "ready_s": 1.0 + n, "first_prediction_ms": 2.0 + n} for n in range(3)]
+    kinds = {"process": None, "docker": None, "firecracker": "kvm", "qemu": "tcg"}
+    targets = [target(kind, kind=kind, accel=accel, starts=starts) for kind, accel in kinds.items()]
+    make(tmp_path, targets, models=("null", "knn", "dnn"), factors={"docker": 2.0, "firecracker": 3.0}, restarts=3,
+         rounds=3, per_block=700, failures={"firecracker": 20})  # fmt: skip
+    server = {"null": {"read": 30.0}, "knn": {"read": 30.0, "compute": 60.0}, "dnn": {"read": 30.0, "compute": 90.0}}
+    with_stages(tmp_path, server)
+    head = "restart,target,model,bound,rate_rps,low_rps,high_rps,reason"
+    lines = [
+        f"0,{name},knn,p99<=5ms,{rate},{rate},{rate * 1.05}," for name, rate in (("docker", 900.0), ("qemu", 40.0))
+    ]
+    (tmp_path / "peak.csv").write_text("\n".join([head, *lines]) + "\n")
+    summary = summarise(tmp_path)
+    rows = list(csv.DictReader(io.StringIO(_report.formatted(summary, "csv"))))
+    assert len({tuple(row.values())[:6] for row in rows}) == len(rows)  # a figure has one row
+    value = {(row["what"], row["target"], row["model_or_job"], row["figure"]): row["value"] for row in rows}
+    assert float(value["starts", "docker", "", "ready_s"]) == 2.0
+    assert float(value["starts", "docker", "", "ready over process"]) == pytest.approx(1.0)
+    assert float(value["peak", "docker", "knn", "rate_rps"]) == 900.0
+    price = next(one for one in summary.prices if one.target == "docker")
+    assert float(value["price", "docker", "dnn", "per_request_us"]) == pytest.approx(price.per_request_us.estimate)
+    assert float(value["serving", "firecracker", "knn", "p50 over docker"]) == pytest.approx(1.5, rel=0.01)
+    assert value["serving", "firecracker", "knn", "p99 over docker"] == "inf"
+    assert value["serving", "docker", "knn", "p50_kernel over process"]
+    page = _report.formatted(summary, "html")
+    emulated = page.partition('class="emulated"')[2]
+    assert "Peak, emulated" in emulated and "<td>40.0 (40.0–42.0)</td>" in emulated
+    apart = page.partition('class="emulated"')[0]
+    assert "Typical latency, beside that of all requests" in apart and "qemu" not in apart.partition("<h2>Peak")[2]
 
 
 def test_what_a_name_holds_is_text_on_the_page(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Samples on disk: what a row holds, files that are cut short, files that are joined."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -231,3 +232,10 @@ def test_join_leaves_what_it_cannot_read_and_says_so(tmp_path: Path) -> None:
     assert "samples-qemu.parquet" in sentence
     assert (tmp_path / "samples-qemu.parquet").exists()
     assert len(pd.read_parquet(tmp_path / "samples.parquet")) == 100
+
+
+def test_every_column_is_in_the_document_in_its_order() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "measurement.md").read_text()
+    table = text.partition("<!-- columns -->")[2].partition("<!-- /columns -->")[0]
+    named = [re.findall(r"`([a-z_]+)`", line.split(" | ")[0]) for line in table.splitlines() if line.startswith("| `")]
+    assert [name for names in named for name in names] == _samples.SCHEMA.names

@@ -62,7 +62,28 @@ def test_what_is_not_known_is_left_out_and_falls_to_the_residual(tmp_path: Path)
     )
     assert sum(parts(a).values()) == pytest.approx(a.total_us.estimate)
     shop, _ = (one for one in summarise(tmp_path).stages if one.target == "shop")
-    assert set(parts(shop)) <= {"client_queue"}
+    assert parts(shop) == pytest.approx({"client_queue": 0.0, "residual": shop.total_us.estimate})
+
+
+def test_where_requests_have_unlike_parts_those_that_are_most_count(tmp_path: Path) -> None:
+    """Every fourth stamp is lost, and every fifth answer does not tell its stages: 12 in 20 have both."""
+    make(tmp_path, [target("a")], models=("null", "knn"), restarts=3, rounds=3, per_block=600)
+    with_stages(tmp_path, SERVER, residual_us={"a": 50.0})
+    samples = pd.read_parquet(tmp_path / "samples.parquet")
+    samples.loc[samples.index % 4 == 0, "first_byte_ns"] = pd.NA
+    stated = [name for name in samples.columns if name.startswith("server_")]
+    samples.loc[samples.index % 5 == 0, stated] = pd.NA
+    # Their latencies differ, so that a mean of one part over other requests than those of the total would show.
+    samples["received_ns"] += (samples.index % 4 == 0) * 3
+    pq.write_table(pa.Table.from_pandas(samples, preserve_index=False), tmp_path / "samples.parquet")
+    summary = summarise(tmp_path)
+    (knn,) = (one for one in summary.stages if (one.model, one.band) == ("knn", "p50"))
+    assert sum(parts(knn).values()) == pytest.approx(knn.total_us.estimate, abs=1e-6)
+    assert {name: parts(knn)[name] for name in SERVER["knn"]} == pytest.approx(SERVER["knn"])
+    assert parts(knn)["client_receive"] == pytest.approx(5.0) and parts(knn)["residual"] == pytest.approx(50.0)
+    answered = sum(cell.requests for cell in summary.cells if cell.model == "knn")
+    assert 0 < knn.requests < answered
+    assert summary.stage_caveats == []
 
 
 def test_a_folder_without_stages_has_none(tmp_path: Path) -> None:

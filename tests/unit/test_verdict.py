@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from images.errors import UsageError
-from loadtest import _stats, _verdict
+from loadtest import _compare, _gate, _stats, _verdict
 from loadtest._folder import LATER
+from loadtest._report import markdown
 from loadtest._samples import SCHEMA
 from loadtest._schema import Ratio, Ratios
 from loadtest._summary import summarise
@@ -217,3 +218,61 @@ def test_a_ratio_that_changes_within_every_start_is_no_steady_state(tmp_path: Pa
     ratio = summarise(tmp_path).cells[1].ratio
     assert ratio is not None and ratio.p50.verdict == "can't tell"
     assert "no steady state: within a start it goes by −" in str(ratio.p50.reason)
+
+
+def gated(run: Path, *ends: str, baseline: str | None = None) -> list[int]:
+    """The outcomes of gates on p99 (or what else `ends` name) of the target that is not the baseline."""
+    summary = summarise(run, baseline)
+    name = "a" if baseline == "b" else "b"
+    return [
+        outcome.code
+        for outcome in _compare.of_run([_gate.parse(f"{name}:knn:closed-1:{end}") for end in ends], summary)
+    ]
+
+
+def test_what_falls_among_failures_in_every_start_is_slower_and_beyond_every_limit(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b")], failures={"b": 20}, restarts=3, rounds=3, per_block=1000)
+    summary = summarise(tmp_path)
+    ratio = summary.cells[1].ratio
+    assert ratio is not None and (ratio.p99.estimate, ratio.p99.infinite, ratio.p99.verdict) == (None, 1, "slower")
+    assert ratio.p50.verdict == "no difference seen" and ratio.p99.of == "starts"
+    assert "falls among failed requests at p99: slower" in summary.answer[0] and "instances" not in summary.answer[0]
+    assert "| b over a | slower | ∞ | – |" in markdown(summary)
+    assert gated(tmp_path, "p99>+10%", "p99<-10%", "p50>+10%") == [3, 0, 0]
+    turned = summarise(tmp_path, "b").cells[0].ratio
+    assert turned is not None and (turned.p99.infinite, turned.p99.verdict) == (-1, "faster")
+    assert gated(tmp_path, "p99>+10%", "p99<-10%", baseline="b") == [0, 3]
+
+
+def test_what_falls_among_failures_in_one_start_of_three_is_open(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b")], failures={"b": 20}, restarts=3, rounds=3, per_block=1000)
+    samples = pd.read_parquet(tmp_path / "samples.parquet")
+    kept = samples[(samples["restart"] == 0) | (samples["outcome"] == "ok")]
+    pq.write_table(pa.Table.from_pandas(kept, preserve_index=False), tmp_path / "samples.parquet")
+    ratio = summarise(tmp_path).cells[1].ratio
+    assert ratio is not None and (ratio.p99.infinite, ratio.p99.verdict) == (0, "can't tell")
+    assert gated(tmp_path, "p99>+10%") == [5]
+
+
+def test_no_gate_rests_on_a_client_that_could_not_keep_up(tmp_path: Path) -> None:
+    make(tmp_path, [target("a"), target("b")], factors={"b": 1.5}, restarts=3, rounds=3, per_block=600)
+    assert gated(tmp_path, "p50>+10%", "p50>+90%", "throughput<-10%") == [3, 0, 0]
+    blocks = pd.read_csv(tmp_path / "blocks.csv", keep_default_na=False)
+    blocks["client_limited"] = 1
+    blocks.to_csv(tmp_path / "blocks.csv", index=False)
+    assert gated(tmp_path, "p50>+10%", "p50>+90%", "throughput<-10%") == [5, 5, 5]
+    assert "no verdict and no gate rests on some of these: client-limited" in markdown(summarise(tmp_path))
+
+
+def test_a_server_that_cannot_be_started_again_is_judged_as_this_instance(tmp_path: Path) -> None:
+    starts = [{"restart": n, "ready_s": 1.0, "first_prediction_ms": 2.0} for n in range(4)]
+    targets = [target("a", starts=starts), target("shop", kind="url", starts=starts), target("b", starts=starts)]
+    make(tmp_path, targets, factors={"shop": 1.5}, restarts=4, rounds=3, per_block=600)
+    summary = summarise(tmp_path)
+    shop, b = (cell.ratio for cell in summary.cells[1:])
+    assert shop is not None and b is not None and (shop.p50.of, b.p50.of) == ("instances", "starts")
+    assert shop.p50.verdict == "slower" and shop.p50.low is not None
+    told = {sentence.split(",")[0]: sentence.endswith("All of these instances only.") for sentence in summary.answer}
+    assert told == {"On the given server (shop)": True, "As a process on the host (b)": False}
+    assert [row.target for row in summary.starts] == ["a", "b"]
+    assert summarise(tmp_path, "shop").cells[2].ratio.p50.of == "instances"  # type: ignore[union-attr]
