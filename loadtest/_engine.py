@@ -256,9 +256,13 @@ class Engine:
 
     def _prepare(self, connections: Sequence[Connection]) -> None:
         """Open what is closed, and wait; one that cannot be opened is tried again, and counted, in the block."""
+        self._poll()  # what the server closed a moment ago
         for connection in connections:
-            if connection.state == CLOSED and connection.retry_ns <= _now():
-                self._open(connection)
+            if connection.state == CLOSED:
+                now = _now()
+                connection.down_ns = now if connection.retry_ns > now else 0  # a gap is one within a block
+                if connection.retry_ns <= now:
+                    self._open(connection)
         end_ns = _now() + min(self._timeout_ns, 3_000_000_000)
         while any(one.state == CONNECTING for one in connections) and _now() < end_ns and not self.cut:
             gevent.sleep(0.001)
@@ -480,6 +484,7 @@ class Engine:
         self._record(connection, now, outcome, status, reader.size, reader.timing)
         if reader.close or connection.unsent is not None:
             self._close(connection)
+            connection.down_ns = now
             if self._may_open(connection, now):
                 self._open(connection)
             else:
@@ -494,8 +499,10 @@ class Engine:
         if connection.broken:
             connection.retry_ns = now + min(FIRST_PAUSE_NS << min(connection.broken, 10), LONGEST_PAUSE_NS)
         connection.broken += 1
-        if connection in self._members and connection.retry_ns <= now and self._may_open(connection, now):
-            self._open(connection)
+        if connection in self._members:
+            connection.down_ns = connection.down_ns or now
+            if connection.retry_ns <= now and self._may_open(connection, now):
+                self._open(connection)
 
     def _record(
         self, connection: Connection, now: int, outcome: int, status: int, size: int, timing: bytes = b""

@@ -16,8 +16,8 @@ BUSY = 0.95  # nor did it where it used so much of one core
 class Pace(NamedTuple):
     """What one engine noted. `late_ns`, (n,): by how much later than intended it woke up for each arrival. `queued`
     arrivals found no free connection; `unanswered` requests were under way, or waiting, when the load was cut off.
-    Connections that broke came back `reconnects` times, after `gap_ns` in total. The wall clock was set `clock_steps`
-    times."""
+    Connections that broke, or that the server closed, came back `reconnects` times, after `gap_ns` in total. The wall
+    clock was set `clock_steps` times."""
 
     late_ns: NDArray[np.int64]
     queued: int
@@ -101,7 +101,7 @@ class Effort:
             )
         if self.reconnects:
             lines.append(
-                f"gaps: connections broke and came back {self.reconnects} times, "
+                f"gaps: connections ended and came back {self.reconnects} times, "
                 f"{self.gap_ns / 1e9:.3g} s without one in all"
             )
         if self.unanswered:

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from images.errors import UsageError
 from loadtest import _arrivals, _models, _preflight, _rows, _samples, _tally
 from loadtest._arrivals import Schedule
@@ -124,7 +121,7 @@ class Load:
         self._numbers.discard(connection.number)
 
     def flush(self, engine: Engine, *, count: bool = True) -> None:
-        """Hand what was recorded to Locust's statistics (unless `count` is false) and to the samples.
+        """Hand what was recorded to Locust's statistics and to the samples; unless `count`, to these alone, as warm-up.
 
         The file is written in a thread of its own: meanwhile the load goes on. Raises IsolatencyError.
         """
@@ -134,11 +131,11 @@ class Load:
         if count:
             _tally.add(self._stats, self._name, raw, time.time_ns() - time.monotonic_ns())
         if self._writer is not None:
-            in_thread(self._write, self._writer, raw)
+            in_thread(self._write, self._writer, raw, self._where._replace(warmup=not count))
 
-    def _write(self, writer: _samples.ParquetWriter | _samples.CsvWriter, raw: np.ndarray[Any, Any]) -> None:
-        table: pa.Table = _samples.table(raw, self._where)
-        writer.add(table)
+    @staticmethod
+    def _write(writer: _samples.ParquetWriter | _samples.CsvWriter, raw: _samples.Raw, where: Where) -> None:
+        writer.add(_samples.table(raw, where))
 
     def close(self) -> None:
         """Raises IsolatencyError when the samples cannot be written to their end."""

@@ -270,7 +270,8 @@ class Session:
         if self._latency_ns is not None:
             self._latency_ns.append(np.where(raw[:, OUTCOME] == OK, raw[:, ENDED] - raw[:, INTENDED], np.inf))
         self._samples.add(_samples.table(raw, where))
-        _tally.add(self._stats, f"{turn.target.label}/{turn.model}", raw, time.time_ns() - time.monotonic_ns())
+        if not turn.warmup:
+            _tally.add(self._stats, f"{turn.target.label}/{turn.model}", raw, time.time_ns() - time.monotonic_ns())
         self.requests += len(raw)
         for outcome, n in enumerate(np.bincount(raw[:, OUTCOME]).tolist()):
             if n:

@@ -29,7 +29,8 @@ from loadtest._pace import Effort
 
 FLUSH_S = 0.5
 CUT_BOUND_S = 1.5  # a run that is interrupted has closed its files by then
-DRAIN_S = 5.0  # so long at most are answers waited for at the end of a test
+DRAIN_S = 15.0  # so long at most are answers waited for at the end of a test; with a shorter time-out none is left open
+DRAIN_MARGIN_S = 0.5  # time-outs are noticed a moment after they are due
 CONNECT_S = 3.0  # arrivals wait so long at most until all users are connected
 LEAD_NS = 20_000_000  # from the moment when all are connected to the first arrival
 TROUBLE = "isolatency_trouble"  # from a worker to its master: the test cannot go on, and why
@@ -215,6 +216,7 @@ class Plain(Mode):
             return
         self.engine = self.new_engine(self.options.request_timeout, self._load.spin_ns)
         self._effort, self._begun = Effort(), False
+        self._warming = bool(self.environment.reset_stats)  # what comes before all users are there is warm-up then
         self._ended, self._finishing, self._finish_done = Event(), False, Event()
         self._mark = (time.process_time_ns(), time.monotonic_ns())
         self._flusher = gevent.spawn(self._flush_now_and_then)
@@ -243,6 +245,7 @@ class Plain(Mode):
         elif self._load is not None and self.engine is not None:
             if self.environment.reset_stats:
                 self._load.flush(self.engine, count=False)
+                self._warming = False
             if self._worker is None:
                 gevent.spawn(self._begin_when_connected, self.engine)
 
@@ -265,7 +268,7 @@ class Plain(Mode):
         while not self._ended.wait(FLUSH_S):
             try:
                 assert self._load is not None and self.engine is not None
-                self._load.flush(self.engine)
+                self._load.flush(self.engine, count=not self._warming)
                 self._effort.add(self.engine.take_pace())
             except IsolatencyError as error:
                 self.fail(error)
@@ -294,7 +297,7 @@ class Plain(Mode):
             self._finish_done.wait(timeout=2 * DRAIN_S)
             return
         self._finishing = True
-        engine.drain(min(self.options.request_timeout, DRAIN_S))
+        engine.drain(min(self.options.request_timeout + DRAIN_MARGIN_S, DRAIN_S))
         self._ended.set()
         self._flusher.join()  # it may be in the middle of writing the samples
         try:

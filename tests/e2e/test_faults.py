@@ -82,6 +82,7 @@ def test_a_server_that_closes_each_connection_after_one_request(tmp_path: Path, 
     frame = pd.read_parquet(tmp_path / "s.parquet")
     assert complete(frame, 50) and set(frame.outcome) == {"ok"}, done.stderr  # each was closed while idle
     assert server.connections >= len(frame)
+    assert "gaps: connections ended and came back" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,24 @@ def test_failures_leave_no_arrival_out(tmp_path: Path, data: Path, behave: raw.B
     assert complete(frame, 90)
     assert (frame.outcome == outcome).mean() == pytest.approx(1 / 3, abs=0.02)
     assert pd.read_csv(tmp_path / "st_stats.csv")["75%"][0] == np.inf  # a third of all, and it counts
-    assert "gaps: connections broke and came back" in done.stderr
+    assert "gaps: connections ended and came back" in done.stderr
+
+
+def test_what_an_overloaded_server_does_not_answer_is_waited_for_and_times_out(tmp_path: Path, data: Path) -> None:
+    """20 requests a second at most, 60 are meant to start: at the end of the test two of three are still waiting."""
+    turn = threading.Lock()
+
+    def one_at_a_time(connection: raw.socket.socket, body: bytes, n: int) -> None:
+        with turn:
+            time.sleep(0.05)
+        raw.well(connection, body, n)
+
+    words = ("--scenario", "constant", "--rate", 60, "--request-timeout", 8, "--samples", "s.parquet", "--data", data)
+    done = plain(tmp_path, Raw(one_at_a_time).url, *words, users=4, seconds=6)
+    frame = pd.read_parquet(tmp_path / "s.parquet")
+    assert complete(frame, 60) and set(frame.outcome) == {"ok", "timeout"}
+    assert done.returncode == 1 and "unanswered" not in done.stderr
+    assert (frame.received_ns - frame.intended_ns).max() > 6e9  # answers came that were waited for after the end
 
 
 def test_a_thousand_connections(tmp_path: Path) -> None:

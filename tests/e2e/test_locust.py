@@ -134,6 +134,20 @@ def test_several_processes(tmp_path: Path, server: str) -> None:
     assert shown and int(shown[1]) == len(frame)  # nothing is lost on the way to the master
 
 
+def test_what_comes_before_all_users_are_there_is_warm_up_where_locust_resets_its_statistics(
+    tmp_path: Path, server: str
+) -> None:
+    words = ("--headless", "-u", 4, "-r", 1, "-t", "8s", "--host", server, "--csv", "st", "--samples", "s.parquet")
+    done = locust(tmp_path, *words, "--reset-stats")
+    assert done.returncode == 0, done.stderr
+    frame = pd.read_parquet(tmp_path / "s.parquet")
+    assert set(frame.connection[frame.warmup]) >= {0, 1, 2} and set(frame.connection[~frame.warmup]) == {0, 1, 2, 3}
+    assert pd.read_csv(tmp_path / "st_stats.csv")["Request Count"][0] == (~frame.warmup).sum()
+    done = locust(tmp_path, *words)
+    frame = pd.read_parquet(tmp_path / "s.parquet")
+    assert not frame.warmup.any() and pd.read_csv(tmp_path / "st_stats.csv")["Request Count"][0] == len(frame)
+
+
 def test_what_cannot_be_tested_is_one_line_and_no_success(tmp_path: Path, data: Path) -> None:
     other = Raw()
     cases = [
@@ -514,7 +528,7 @@ def test_a_server_that_is_away_makes_the_arrivals_late_or_failed_and_none_is_mis
     assert {"ok", "refused"} <= set(frame.outcome) <= {"ok", "reset", "refused"}
     ok = frame[frame.outcome == "ok"]
     assert ((ok.received_ns - ok.intended_ns) > 1e9).sum() > 50  # those that waited for the server to come back
-    assert re.search(r"gaps: connections broke and came back \d+ times, ", done.stderr)
+    assert re.search(r"gaps: connections ended and came back \d+ times, ", done.stderr)
 
 
 # Run mode
@@ -546,7 +560,7 @@ def measured(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def test_a_phase_of_two_targets(tmp_path: Path) -> None:
     with our_server("knn", "dnn", "null") as (a, one), our_server("knn", "dnn", "null") as (b, two):
         words = write_plan(tmp_path, {"a": (a, [one.pid]), "b": (b, [two.pid])}, models=["knn", "dnn", "null"])
-        done = locust(tmp_path, *words)
+        done = locust(tmp_path, *words, "--csv", "st")
     assert done.returncode == 0, done.stderr
     samples, blocks = measured(tmp_path / "out")
     assert not is_partial(tmp_path / "out" / "samples-native.parquet")
@@ -568,6 +582,9 @@ def test_a_phase_of_two_targets(tmp_path: Path) -> None:
     assert (joined.received_ns <= joined.drained_ns).all()
     for load, own in samples.groupby("load", observed=True):
         assert set(own.connection) == set(range(int(load.removeprefix("closed-"))))
+    shown = pd.read_csv(tmp_path / "st_stats.csv").set_index("Name")["Request Count"].drop("Aggregated")
+    counted = samples[~samples.warmup].groupby(["target", "model"], observed=True).size()
+    assert shown.to_dict() == {f"{target}/{model}": n for (target, model), n in counted.items()}
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["target"] for line in lines] == blocks.target.tolist()
     assert lines[-1]["done_s"] == lines[-1]["total_s"] == pytest.approx(len(blocks) * 0.2)
