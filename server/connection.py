@@ -1,7 +1,10 @@
 """Connections: when a request's first byte came, who is slow, how many there may be."""
 
 import asyncio
+import sys
 import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar, cast
 
 from aiohttp import web
 
@@ -10,9 +13,21 @@ from server.batcher import Busy, Call
 from server.limits import Limits
 from server.metrics import Exposition
 
+T = TypeVar("T")
 SWEEP_S = 0.1
 REASON = 300
 LINGER_S = 2.0  # how long a refused body is drained, so that its sender sees the answer and no reset
+
+
+class _InPlace:
+    """The event loop as aiohttp's handler of a connection uses it, but that each request is handled in the connection's
+    own task: a task for each, which has to wait for its turn, takes some microseconds."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.time, self.call_at, self.create_future = loop.time, loop.call_at, loop.create_future
+
+    def create_task(self, request: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        return request
 
 
 class Connections:
@@ -69,6 +84,8 @@ class Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        if sys.version_info < (3, 12):  # from there on tasks begin at once
+            self._loop = cast(asyncio.AbstractEventLoop, _InPlace(self._loop))
         self._book.open.add(self)
         if len(self._book.open) > self._book.limits.max_connections:
             self.cut(503, f"wanted at most {self._book.limits.max_connections} connections; found one more")

@@ -87,7 +87,7 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
     if len(body) > LARGE and body.count(b"{", 0, length) > MOST_OBJECTS:  # which take long to be made, for everybody
         raise BadInput(f"wanted at most {MOST_OBJECTS} objects in a request; found more")
     try:
-        message = orjson.loads(body if length is None else memoryview(body)[:length])
+        message = orjson.loads(body if length is None else body[:length])
     except orjson.JSONDecodeError as error:
         raise BadInput(f"wanted a JSON body; it could not be parsed: {error}") from None
     if not isinstance(message, dict):
@@ -95,9 +95,10 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
     identifier = message.get("id")
     if identifier is not None and not isinstance(identifier, str):
         raise BadInput(f"wanted a string for id; found {kind(identifier)}")
-    parameters = dict(_object(message, "parameters"))
+    parameters = _object(message, "parameters")
     all_binary, timeout_us = False, 0
     if parameters:
+        parameters = dict(parameters)
         all_binary = _flag(parameters.pop("binary_data_output", False), "binary_data_output")
         hints = [parameters.pop(name, 0) for name in HINTS]
         for name, value in zip(HINTS, hints, strict=True):
@@ -110,8 +111,7 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
                     f"wanted a string, a number or a boolean for parameter {short(name)}; found {kind(value)}"
                 )
     outputs = _outputs(message.get("outputs"), model, all_binary)
-    tail = None if length is None else memoryview(body)[length:]
-    inputs = _inputs(message.get("inputs"), model, tail)
+    inputs = _inputs(message.get("inputs"), model, body, length)
     return Request(identifier, inputs, parameters, outputs, timeout_us)
 
 
@@ -138,14 +138,15 @@ def _bare(body: bytes, model: Model) -> Request:
     return Request(None, inputs, {}, _outputs(None, model, all_binary=True))
 
 
-def _inputs(inputs: Any, model: Model, tail: memoryview | None) -> dict[str, Array]:
+def _inputs(inputs: Any, model: Model, body: bytes, at: int | None) -> dict[str, Array]:
+    """The tensors; those that are bytes begin in the body `at` there, if it has any."""
     known = _known(model).inputs
     if not isinstance(inputs, list):
         raise BadInput(f"model {model.name} wants a list of objects for inputs; found {kind(inputs)}")
     if len(inputs) != len(known):
         raise BadInput(f"model {model.name} wants the inputs {', '.join(known)}; found {len(inputs)} of them")
     found: dict[str, Array] = {}
-    start = 0
+    start = at or 0
     for tensor in inputs:
         if not isinstance(tensor, dict):
             raise BadInput(f"model {model.name} wants objects for inputs; found {kind(tensor)}")
@@ -166,17 +167,17 @@ def _inputs(inputs: Any, model: Model, tail: memoryview | None) -> dict[str, Arr
             found[name] = tensors.from_json(tensor["data"], dtype, size, wanted, not model.takes_nonfinite)
             continue
         count = parameters["binary_data_size"]
-        if "data" in tensor or tail is None:
+        if "data" in tensor or at is None:
             other = "data as well" if "data" in tensor else "no header Inference-Header-Content-Length"
             raise BadInput(f"input {name!r} has the parameter binary_data_size; found {other}")
-        if type(count) is not int or not 0 <= count <= len(tail) - start:
-            raise BadInput(f"input {name!r} wants a binary_data_size of at most the {len(tail) - start} bytes that "
+        if type(count) is not int or not 0 <= count <= len(body) - start:
+            raise BadInput(f"input {name!r} wants a binary_data_size of at most the {len(body) - start} bytes that "
                            f"are left in the body; found {short(count)}")  # fmt: skip
-        data = bytes(tail[start : start + count])
+        data = body[start : start + count]
         found[name] = tensors.from_bytes(data, dtype, size, wanted, not model.takes_nonfinite)
         start += count
-    if tail is not None and start != len(tail):
-        raise BadInput(f"the inputs take {start} bytes after the JSON; found {len(tail)}")
+    if at is not None and start != len(body):
+        raise BadInput(f"the inputs take {start - at} bytes after the JSON; found {len(body) - at}")
     if len(known) == 1:
         return found
     rows = {name: len(found[name]) for name, tensor in known.items() if tensor.shape[0] == -1}
@@ -220,8 +221,9 @@ def _flag(value: Any, name: str) -> bool:
 
 
 def _no_shared_memory(parameters: Mapping[str, Any]) -> None:
-    if any(key.startswith("shared_memory") for key in parameters):
-        raise NotOffered("shared memory is not offered; send tensors in the body")
+    for key in parameters:
+        if key.startswith("shared_memory"):
+            raise NotOffered("shared memory is not offered; send tensors in the body")
 
 
 def check_results(model: Model, batch: Batch, results: Mapping[str, Array]) -> None:

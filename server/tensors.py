@@ -55,10 +55,10 @@ def datatype(value: Any, wanted: Tensor) -> np.dtype[Any]:
 
 def shape(value: Any, wanted: Tensor, empty: bool = False) -> tuple[int, ...]:
     """The shape that a request says; `empty`: whether it may be one without rows."""
-    if isinstance(value, list) and fits(value, wanted.shape):
+    if isinstance(value, list) and len(value) == len(wanted.shape):
         least = 0 if empty else 1
-        for size in value:
-            if type(size) is not int or size < least:
+        for size, known in zip(value, wanted.shape, strict=True):
+            if type(size) is not int or size < least or (size != known and known != -1):
                 break
             least = 1  # only rows may be none
         else:
@@ -67,7 +67,7 @@ def shape(value: Any, wanted: Tensor, empty: bool = False) -> tuple[int, ...]:
     raise BadInput(f"input {wanted.name!r} wants a shape like {list(wanted.shape)}{more}; found {short(value)}")
 
 
-def fits(found: Sequence[Any], wanted: tuple[int, ...]) -> bool:
+def fits(found: Sequence[int], wanted: tuple[int, ...]) -> bool:
     """Whether `found` is one of the shapes that `wanted` stands for."""
     if len(found) != len(wanted):
         return False
@@ -135,15 +135,12 @@ def from_bytes(data: bytes, dtype: np.dtype[Any], size: tuple[int, ...], wanted:
 
 
 def _as_wanted(values: NDArray[Any], size: tuple[int, ...], wanted: Tensor, finite: bool = True) -> Array:
-    if finite and values.dtype.kind == "f" and not _finite(values):
-        raise BadInput(f"input {wanted.name!r} wants values that are finite in {NAMES[values.dtype]}; found others")
+    if finite and values.dtype.kind == "f":
+        flat = values if values.ndim == 1 else values.ravel()
+        # The sum of squares is finite only where all values are, and takes BLAS less time than a look at each.
+        if not (math.isfinite(flat.dot(flat)) or np.isfinite(flat).all()):
+            raise BadInput(f"input {wanted.name!r} wants values that are finite in {NAMES[values.dtype]}; found others")
     return values.astype(DTYPES[wanted.datatype], copy=False).reshape(size)
-
-
-def _finite(values: Array) -> bool:
-    """The sum of squares is finite only where all values are, and takes BLAS less time than NumPy's own look."""
-    flat = values.ravel()
-    return math.isfinite(np.dot(flat, flat)) or bool(np.isfinite(values).all())
 
 
 def kind(value: Any) -> str:
