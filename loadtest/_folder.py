@@ -1,7 +1,7 @@
 """What a run folder holds, as read: one line of complaint for what cannot be used, a sentence for each gap.
 
-A run that was killed leaves the phases' own files (samples-PHASE.parquet, blocks-PHASE.csv) and perhaps half a line;
-what of it can be read is used, and the gaps say that it is not all.
+A run that was killed leaves the phases' own files (samples-PHASE.parquet or its folder of parts, blocks-PHASE.csv) and
+perhaps half a line; what of it can be read is used, and the gaps say that it is not all.
 """
 
 import io
@@ -145,7 +145,7 @@ def _one_line(error: Exception) -> str:
 def parts(run: Path, stem: str, ending: str) -> list[Path]:
     """The whole file, where there is one, and the parts of it that were never joined."""
     whole = run / f"{stem}{ending}"
-    return [*([whole] if whole.exists() else []), *sorted(run.glob(f"{stem}-*{ending}"))]
+    return [*([whole] if whole.exists() else []), *_samples.parts(run, stem, ending)]
 
 
 def _table(path: Path, columns: Sequence[str], gaps: list[str]) -> pd.DataFrame:
@@ -184,25 +184,29 @@ def samples(folder: Folder, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
             raise UsageError(f"{folder.path / 'samples.parquet'} could not be read: {_one_line(error)}") from error
 
 
-def _sources(folder: Folder, *, quiet: bool = False) -> list[pq.ParquetFile]:
-    """samples.parquet, else those of its parts that can be read; what is wrong with them is noted unless `quiet`."""
+def _sources(folder: Folder, *, quiet: bool = False) -> Iterator[pq.ParquetFile]:
+    """samples.parquet, else those of its parts that can be read, one open at a time; what is wrong with them is noted
+    unless `quiet`."""
     gaps: list[str] = [] if quiet else folder.gaps
-    found: list[pq.ParquetFile] = []
     for path in parts(folder.path, "samples", ".parquet"):
-        try:
-            file = pq.ParquetFile(path)
-            if _samples.is_partial(path):
-                gaps.append(f"{path.name}: was cut short")
-        except (OSError, pa.ArrowException) as error:
-            if path.name == "samples.parquet" and not list(folder.path.glob("samples-*.parquet")):
-                raise UsageError(f"{path} could not be read: {_one_line(error)}") from error
-            gaps.append(f"{path.name}: could not be read, its requests are in no figure")
-            continue
-        if path.name == "samples.parquet":
-            return [file]
-        gaps.append(f"{path.name}: was never joined into samples.parquet; the run was killed")
-        found.append(file)
-    return found
+        whole, readable = path.name == "samples.parquet", False
+        for file in _samples.files(path):
+            try:
+                source = pq.ParquetFile(file)
+            except (OSError, pa.ArrowException) as error:
+                if whole and not _samples.parts(folder.path, "samples", ".parquet"):
+                    raise UsageError(f"{path} could not be read: {_one_line(error)}") from error
+                gaps.append(f"{file.relative_to(folder.path)}: could not be read, its requests are in no figure")
+                continue
+            readable = True
+            with source:
+                yield source
+        if readable and _samples.is_partial(path):
+            gaps.append(f"{path.name}: was cut short")
+        if readable and whole:
+            return
+        if not whole:
+            gaps.append(f"{path.name}: was never joined into samples.parquet; the run was killed")
 
 
 def _requests(folder: Folder) -> dict[Key, Requests]:

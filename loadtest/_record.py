@@ -169,7 +169,7 @@ class Record:
         self.save()
 
     def measured(self) -> bool:
-        return any(any(self.path.glob(name)) for name in ("samples*.parquet", "batch.csv"))
+        return any(any(self.path.glob(name)) for name in ("samples*.parquet*", "batch.csv"))
 
 
 def _write(path: Path, value: Any) -> None:

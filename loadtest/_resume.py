@@ -2,18 +2,18 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from images.errors import UsageError
 from loadtest import _folder
 from loadtest._plan import Plan
-from loadtest._samples import SCHEMA, ParquetWriter
+from loadtest._samples import SCHEMA, read, remove, write
 
 BEFORE = "_before"  # names the part that holds what is kept; no target's name begins so
 Keep = Callable[[str, int], bool]  # target, restart
@@ -69,20 +69,18 @@ def _samples(run: Path, keep: Keep) -> None:
     parts = _folder.parts(run, "samples", ".parquet")
     if not parts:
         return
-    writer = ParquetWriter(run / "samples.fresh")
+    write(run / "samples.fresh", _kept(parts, keep), "the run folder is as it was")
     for path in parts:
-        try:
-            file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowException):
-            continue  # of the interrupted start: its writer was killed
-        for group in range(file.num_row_groups):
-            rows = file.read_row_group(group).cast(SCHEMA)
-            pairs = zip(rows["target"].to_pylist(), rows["restart"].to_pylist(), strict=True)
-            writer.add(rows.filter(pa.array([keep(*pair) for pair in pairs])))
-    writer.close()
-    for path in parts:
-        path.unlink()
+        remove(path)
     (run / "samples.fresh").replace(run / f"samples-{BEFORE}.parquet")
+
+
+def _kept(parts: list[Path], keep: Keep) -> Iterator[pa.Table]:
+    for path in parts:
+        with suppress(OSError, pa.ArrowException):  # a file that is damaged
+            for rows in read(path):
+                pairs = zip(rows["target"].to_pylist(), rows["restart"].to_pylist(), strict=True)
+                yield rows.filter(pa.array([keep(*pair) for pair in pairs]))
 
 
 def _blocks(run: Path, keep: Keep) -> None:

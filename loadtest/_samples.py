@@ -11,8 +11,11 @@ import csv
 import errno
 import io
 import os
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,8 +69,8 @@ BLOCK_COLUMNS = (
 PEAK_COLUMNS = ("restart", "target", "model", "bound", "rate_rps", "low_rps", "high_rps", "reason")
 
 ROW_GROUP = 65_536  # 9 MB in memory: what a run holds at most, however long it is
+PART_S = 2.0  # what was recorded longer ago is on the disk
 _PARTIAL = b"isolatency.partial"
-_FOOTER_BYTES = 1024 * 1024
 
 
 def blank(n: int) -> Raw:
@@ -127,61 +130,101 @@ def _same_name(n: int, value: str) -> pa.Array:
 
 
 class ParquetWriter:
-    """Streams tables of SCHEMA into row groups.
+    """Streams tables of SCHEMA to the disk, where they can be read whatever becomes of the writer.
 
-    Disk space for a row group and for the footer is reserved before either is written, so that a disk that fills up
-    leaves a file that can be read, with every row group before the one that did not fit.
+    A Parquet file has its footer at its end, so one that is not closed cannot be read. Until `close` makes one file of
+    them the rows lie in the folder PATH.parts, in files that are whole from the moment they have their names, for each
+    row group one and at least every PART_S; `pandas.read_parquet` reads such a folder as it reads a file. A writer that
+    is killed, or whose disk is full, leaves it.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.facts: dict[str, str] = {}  # written into the file's metadata at its end, under isolatency.NAME
+        self.path, self.folder = path, _folder_of(path)
+        self.facts: dict[str, str] = {}  # go into the file's metadata, under isolatency.NAME
         self._waiting: list[pa.Table] = []
-        self._rows = 0
+        self._rows = self._parts = 0
+        self._flushed_s = time.monotonic()
+        self._closed = False
         with _naming(path):
-            self._file = path.open("wb")
-            self._reserve(0)
-            self._writer = pq.ParquetWriter(self._file, SCHEMA, compression="lz4")
+            path.unlink(missing_ok=True)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir()
 
     def add(self, rows: pa.Table) -> None:
-        """Raises IsolatencyError when the file cannot take it; what was written before stays readable."""
+        """Raises IsolatencyError when the disk cannot take it; what was written before stays readable."""
         self._waiting.append(rows)
         self._rows += len(rows)
-        if self._rows >= ROW_GROUP:
-            self._flush()
+        if self._rows >= ROW_GROUP or time.monotonic() - self._flushed_s >= PART_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """All that was added is on the disk. Raises IsolatencyError."""
+        if self._rows:
+            rows = _one(self._waiting)
+            with _naming(self.folder), _whole(self.folder / f"{self._parts:06}.parquet") as fresh:
+                pq.write_table(rows, fresh, compression="lz4", row_group_size=len(rows))
+            self._waiting, self._rows, self._parts = [], 0, self._parts + 1
+        self._flushed_s = time.monotonic()
 
     def close(self, *, partial: bool = False) -> None:
-        """Write the rest and the footer; may be called again. Raises IsolatencyError, with the file closed."""
-        if self._file.closed:
-            return
-        try:
-            self._flush()
-        finally:
-            self._finish(partial)
+        """Make one file of the parts; where it is `partial` they stay as they are, and so tell. May be called again.
 
-    def _flush(self) -> None:
-        if not self._waiting:
+        Raises IsolatencyError; the parts stay then.
+        """
+        if self._closed:
             return
-        rows = pa.concat_tables(self._waiting).unify_dictionaries()
-        self._waiting, self._rows = [], 0
-        with _naming(self.path):
-            self._reserve(rows.nbytes + rows.nbytes // 4)
-            self._writer.write_table(rows, row_group_size=len(rows))
-
-    def _finish(self, partial: bool) -> None:
-        with _naming(self.path):
+        self._closed = True
+        self.flush()
+        if not partial:
             told = {f"isolatency.{name}".encode(): value.encode() for name, value in self.facts.items()}
-            told |= {_PARTIAL: b"true"} if partial else {}
-            if told:
-                self._writer.add_key_value_metadata(told)
-            self._writer.close()
-            self._file.flush()
-            os.truncate(self._file.fileno(), self._file.tell())
-            self._file.close()
+            write(self.path, read(self.folder), f"what was measured is in {self.folder}", told)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _reserve(self, size: int) -> None:
-        self._file.flush()
-        os.posix_fallocate(self._file.fileno(), self._file.tell(), size + _FOOTER_BYTES)
+
+def write(path: Path, tables: Iterable[pa.Table], kept: str, told: dict[bytes, bytes] | None = None) -> None:
+    """One Parquet file of all `tables`, in row groups, with `told` as its metadata; memory does not grow with it.
+
+    Raises IsolatencyError, which says with `kept` where the rows are, and leaves no half file.
+    """
+    with _naming(path, kept), _whole(path) as fresh, pq.ParquetWriter(fresh, SCHEMA, compression="lz4") as writer:
+        for rows in _groups(tables):
+            writer.write_table(rows, row_group_size=len(rows))
+        writer.add_key_value_metadata(told or {})
+
+
+def _groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows, ROW_GROUP of them at least in each table but the last."""
+    waiting, rows = list[pa.Table](), 0
+    for more in tables:
+        waiting.append(more)
+        rows += len(more)
+        if rows >= ROW_GROUP:
+            yield _one(waiting)
+            waiting, rows = [], 0
+    if rows:
+        yield _one(waiting)
+
+
+def _one(tables: list[pa.Table]) -> pa.Table:
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
+def _folder_of(path: Path) -> Path:
+    return path.with_name(path.name + ".parts")
+
+
+def files(path: Path) -> list[Path]:
+    """The Parquet files that `path` is: itself, or what lies in a writer's folder."""
+    return sorted(path.glob("[0-9]*.parquet")) if path.is_dir() else [path]
+
+
+def read(path: Path) -> Iterator[pa.Table]:
+    """A samples file, or a writer's folder, by row groups. Raises OSError or pa.ArrowException."""
+    for file in files(path):
+        with pq.ParquetFile(file) as source:
+            for group in range(source.num_row_groups):
+                yield source.read_row_group(group, use_threads=False).cast(SCHEMA)  # each thread would hold memory
 
 
 class CsvWriter:
@@ -286,10 +329,11 @@ def _append(file: FileIO, path: Path, data: bytes) -> None:
 
 
 class _naming:
-    """Turns an OSError into the one line that names the file."""
+    """Turns an OSError into the one line that names the file, and says where what was measured is (`kept`): in that
+    file, unless another place is given."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, kept: str = "") -> None:
+        self._path, self._kept = path, kept
 
     def __enter__(self) -> None: ...
 
@@ -298,36 +342,44 @@ class _naming:
             reason = os.strerror(error.errno) if error.errno else str(error)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             remedy = "free some space" if full else "choose another place"
-            kept = "; what was measured before is in it" if self._path.is_file() else ""
-            raise IsolatencyError(f"could not write {self._path}: {reason}{kept}: {remedy}") from error
+            kept = self._kept or "what was measured before is in it" * self._path.exists()
+            raise IsolatencyError(
+                f"could not write {self._path}: {reason}{'; ' * bool(kept)}{kept}: {remedy}"
+            ) from error
+
+
+def parts(run: Path, stem: str, ending: str) -> list[Path]:
+    """The phases' own files, which were never joined. A phase whose writer was ended early has a folder instead."""
+    found = sorted(run.glob(f"{stem}-*{ending}*"))
+    return [path for path in found if path.suffix == ending or path.with_suffix("") not in found]
 
 
 def join(run: Path) -> list[str]:
-    """Make samples.parquet and blocks.csv of the phases' samples-PHASE.parquet and blocks-PHASE.csv, and remove those.
+    """Make samples.parquet and blocks.csv of the phases' own files, and remove those.
 
-    Row groups are copied one by one, so that memory does not grow. A part that cannot be read (its writer was killed)
-    stays where it is; the sentences returned name it. Nothing is written where there are no parts. Raises
-    IsolatencyError where the whole cannot be written; the parts stay then.
+    Row groups are copied one by one, so that memory does not grow. What cannot be read stays where it is; the sentences
+    returned name it. Nothing is written where there are no parts. Raises IsolatencyError where the whole cannot be
+    written; the parts stay then.
     """
     sentences: list[str] = []
-    parts: list[tuple[Path, pq.ParquetFile]] = []
-    for path in sorted(run.glob("samples-*.parquet")):
+    found: list[Path] = []
+    kept = "the phases' own files stay, and the report reads those"
+    for path in parts(run, "samples", ".parquet"):
         try:
-            parts.append((path, pq.ParquetFile(path)))
+            for file in files(path):
+                pq.read_metadata(file)
         except (OSError, pa.ArrowException) as error:
             sentences.append(f"{path.name} could not be read and is left as it is: {error}")
-    if parts:
-        with _whole(run / "samples.parquet") as fresh, contextlib.closing(ParquetWriter(fresh)) as writer:
-            for _, part in parts:
-                for group in range(part.num_row_groups):
-                    writer.add(part.read_row_group(group).cast(SCHEMA))
-            writer.close(partial=any(is_partial(path) for path, _ in parts))
-        for path, part in parts:
-            part.close()
-            path.unlink()
-    blocks = sorted(run.glob("blocks-*.csv"))
+        else:
+            found.append(path)
+    if found:
+        told = {_PARTIAL: b"true"} if any(is_partial(path) for path in found) else {}
+        write(run / "samples.parquet", chain.from_iterable(map(read, found)), kept, told)
+        for path in found:
+            remove(path)
+    blocks = parts(run, "blocks", ".csv")
     if blocks:
-        with _whole(run / "blocks.csv") as fresh, fresh.open("w") as out:
+        with _naming(run / "blocks.csv", kept), _whole(run / "blocks.csv") as fresh, fresh.open("w") as out:
             out.write(",".join(BLOCK_COLUMNS) + "\n")
             for path in blocks:
                 out.writelines(path.read_text().splitlines(keepends=True)[1:])
@@ -336,27 +388,29 @@ def join(run: Path) -> list[str]:
     return sentences
 
 
+def remove(path: Path) -> None:
+    """A phase's file or folder of samples, and what a writer that was killed while it joined has left beside it."""
+    for one in (path, _folder_of(path)):
+        if one.is_dir():
+            shutil.rmtree(one)
+        else:
+            one.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` once all is written: half a file never has its name.
-
-    Raises IsolatencyError where it cannot be written; the phases' files are still there then.
-    """
-    fresh = path.with_name(path.name + ".part")
+    """A name to write to, which becomes `path` once all is written: half a file never has its name."""
+    fresh = path.with_name(f".{path.name}.part")
     try:
         yield fresh
         fresh.replace(path)
-    except (OSError, IsolatencyError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        reason = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(error)
-        raise IsolatencyError(
-            f"could not write {path}: {reason}; the phases' own files stay, and the report reads those: free some space"
-        ) from error
     finally:
         fresh.unlink(missing_ok=True)
 
 
 def is_partial(path: Path) -> bool:
-    """Whether the samples in the Parquet file `path` were cut short. Raises OSError or pa.ArrowException."""
+    """Whether the samples in the Parquet file or folder `path` were cut short. Raises OSError or pa.ArrowException."""
+    if path.is_dir():
+        return True
     metadata: dict[bytes, bytes] | None = pq.read_metadata(path).metadata
     return metadata is not None and metadata.get(_PARTIAL) == b"true"

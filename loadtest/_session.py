@@ -237,6 +237,7 @@ class Session:
         if not outcomes and engine.cut:
             return np.empty(0), False
         client_us = round(cpu_ns / 1000)
+        self._samples.flush()  # what blocks-PHASE.csv names has all its requests, whenever this is killed
         self._blocks.add(where, block.start_ns, block.end_ns, block.drained_ns, host_us, client_us, effort)
         if not turn.warmup:
             self._counted[turn.target.name] += outcomes.total()

@@ -24,7 +24,7 @@ from images.errors import IsolatencyError, UsageError
 from loadtest import _arrivals, _models, _plain, _session, _tally, _workers
 from loadtest._connection import Connection
 from loadtest._encoding import ENCODINGS
-from loadtest._engine import Engine
+from loadtest._engine import Engine, in_thread
 from loadtest._pace import Effort
 
 FLUSH_S = 0.5
@@ -305,7 +305,7 @@ class Plain(Mode):
             if self._worker is not None:
                 offset = self._worker.offset
                 load.note(ahead_of_master_ns=offset.monotonic_ns, ahead_of_master_error_ns=offset.error_ns)
-            load.close()
+            in_thread(load.close)  # joining many parts takes seconds, and Locust's heartbeat goes on
         except IsolatencyError as error:
             self.fail(error)
         self._effort.add(engine.take_pace())

@@ -1,4 +1,4 @@
-"""What ten million requests take in memory: engine's rows, table, histogram and Parquet file, as in a run.
+"""What ten million requests take in memory: engine's rows, table, histogram, Parquet parts and file, as in a run.
 
     python -m tests.bench.bench_memory [--rows 10000000]
 

@@ -169,8 +169,8 @@ def reported(kept: Path) -> dict[str, Any]:
 
 @as_root
 def test_a_disk_that_fills_up_under_load_keeps_what_was_measured(tmp_path: Path) -> None:
-    """A filler takes all space once that of the first row group is reserved: the second one then finds too little."""
-    fill = FILLER.format("[ $(stat -c %s {place}/2*/samples-*.parquet 2>/dev/null || echo 0) -gt 2000000 ]")
+    """A filler takes all space once some blocks are written: the next one finds too little."""
+    fill = FILLER.format("[ $(cat {place}/2*/samples-*/*.parquet 2>/dev/null | wc -c) -gt 1000000 ]")
     said, kept = on_a_small_disk(tmp_path, 16 * 1024, "--quick", "--only", "load", "--seconds", "20", fill=fill)
     assert "error: the load ended with exit code 1" in said and "No space left on device" in said
     assert sum(cell["requests"] for cell in reported(kept)["cells"]) > 10_000

@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e import raw
 from tests.e2e.raw import Raw
-from tests.e2e.test_locust import our_server, plain, wait_for
+from tests.e2e.test_locust import our_server, plain
 
 
 @pytest.fixture
@@ -125,12 +125,14 @@ def test_a_thousand_connections(tmp_path: Path) -> None:
     assert set(frame.connection) == set(range(1000)) and set(frame.outcome) == {"ok"}
 
 
-def test_the_disk_is_full_under_open_arrivals(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize(("name", "place"), [("s.csv", "s.csv"), ("s.parquet", "s.parquet.parts")])
+def test_the_disk_is_full_under_open_arrivals(tmp_path: Path, data: Path, name: str, place: str) -> None:
     from tests.e2e.test_locust import last_line, on_a_small_disk
 
     server = Raw()
     words = ("--headless", "-u", 4, "-t", "60s", "--host", server.url, "--data", data, "--scenario", "poisson")
-    done = on_a_small_disk(tmp_path, *words, "--rate", 500, "--samples", "small/s.csv")
-    assert done.returncode == 1 and "No space left on device" in last_line(done)
-    wait_for(lambda: (tmp_path / "s.csv").exists(), "the samples")
-    assert set(pd.read_csv(tmp_path / "s.csv").outcome) == {"ok"}
+    done = on_a_small_disk(tmp_path, *words, "--rate", 500, "--samples", f"small/{name}")
+    assert done.returncode == 1
+    assert last_line(done).startswith(f"error: could not write small/{place}: No space left on device; ")
+    frame = pd.read_csv(tmp_path / place) if name == "s.csv" else pd.read_parquet(tmp_path / place)
+    assert set(frame.outcome) == {"ok"} and len(frame) > 500

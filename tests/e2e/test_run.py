@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 
 from tests.e2e.conftest import ISOLATENCY, ROOT, Command
@@ -213,6 +214,39 @@ def test_ctrl_c_keeps_what_was_measured(isolatency: Command, tmp_path: Path) -> 
     assert len(pd.read_parquet(folder / "samples.parquet")) > 0
     assert "partial" in (folder / "report.md").read_text().lower()
     assert isolatency("clean").stdout.startswith(("nothing to remove", "left alone"))
+
+
+@pytest.mark.parametrize("victim", ["load", "run"])
+def test_killed_under_load_it_keeps_the_requests_of_every_block(
+    isolatency: Command, victim: str, tmp_path: Path
+) -> None:
+    """With -9: Locust, which the run outlives, or the run itself."""
+    argv = [ISOLATENCY, "run", "--quick", "--only", "load", "--seconds", "20", "--target", "process", "--out", tmp_path]
+    with subprocess.Popen(
+        [ISOLATENCY, "sandbox", "--", *argv], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as running:
+        end = time.monotonic() + 120
+        while _lines(tmp_path, "blocks-*.csv") < 10:
+            assert running.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        [locust] = [one for one in psutil.Process(running.pid).children(recursive=True) if "--plan" in one.cmdline()]
+        process = locust if victim == "load" else locust.parent()
+        assert process is not None
+        process.kill()
+        _, said = running.communicate(timeout=120)
+    assert running.returncode, said
+    isolatency("clean")
+    [folder] = tmp_path.glob("2*")
+    if victim == "run":
+        assert isolatency("report", folder).returncode == 0
+    else:
+        assert "error: the load was ended by signal 9" in said
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["partial"] and summary["cells"][0]["requests"] > 0
+    [samples] = folder.glob("samples*.parquet*")
+    [blocks] = folder.glob("blocks*.csv")
+    assert set(pd.read_parquet(samples)["block"]) >= set(pd.read_csv(blocks)["block"])
+    assert samples.name == ("samples.parquet" if victim == "load" else "samples-_native.parquet.parts")
 
 
 def test_a_target_that_cannot_start_is_an_error_and_the_others_are_measured(

@@ -134,7 +134,10 @@ def test_a_master_and_two_workers_in_networks_of_their_own(tmp_path: Path) -> No
         assert found and abs(float(found[1])) <= float(found[2]) + 0.05  # one machine has one clock
 
 
-def test_a_worker_that_dies_is_named_with_its_share_and_the_others_go_on(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize("samples", ["s.csv", "s.parquet"])
+def test_a_worker_that_dies_is_named_with_its_share_and_the_others_go_on(
+    tmp_path: Path, data: Path, samples: str
+) -> None:
     server = Raw()
     words = (
         "-u",
@@ -148,19 +151,23 @@ def test_a_worker_that_dies_is_named_with_its_share_and_the_others_go_on(tmp_pat
         "--rate",
         100,
         "--samples",
-        "s.csv",
+        samples,
         "--data",
         data,
     )
     with distributed(tmp_path, server.url, *words) as (master, workers):
-        wait_for(lambda: server.requests > 200, "two hundred requests")
+        wait_for(lambda: server.requests > 600, "six hundred requests")
         workers[0].kill()
         _, said = master.communicate(timeout=BOUND_S)
     assert master.returncode == 1
     (line,) = (line for line in said.splitlines() if line.startswith("lost: "))
     assert re.match(r"lost: worker [01] \(\S+\) was last heard of \d+\.\d s after the begin", line)
     assert "its share, 1 of 2" in line
-    frames = sorted((pd.read_csv(path) for path in tmp_path.glob("s-*.csv")), key=len)
-    assert len(frames[0]) > 50 and len(frames[1]) > 1.5 * len(frames[0])  # what the dead one wrote can be read
-    assert (np.abs(np.diff(np.sort(frames[1].intended_ns)) - 20e6) <= 1).all()  # the other's share, without a gap
+    read = pd.read_csv if samples == "s.csv" else pd.read_parquet
+    frames = sorted((read(path) for path in tmp_path.glob("s-*")), key=len)
+    assert len(frames) == 2
+    assert len(frames[0]) > 100 and len(frames[1]) > 1.5 * len(frames[0])  # what the dead one wrote can be read
+    gaps = [np.abs(np.diff(np.sort(frame.intended_ns)) - 20e6) for frame in frames]
+    assert (gaps[0][:-10] <= 1).all()  # its last requests may have been answered in another order
+    assert (gaps[1] <= 1).all()  # the other's share, without a gap
     assert set(frames[1].outcome) == {"ok"}

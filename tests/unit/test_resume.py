@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from images.errors import UsageError
 from loadtest import _plan, _resume, _run
-from loadtest._samples import SCHEMA
+from loadtest._samples import SCHEMA, ParquetWriter, write
 from loadtest._summary import summarise
 from tests.unit.run_folder import make, target
 
@@ -28,13 +28,13 @@ def interrupted(run: Path, *, emulated: int = 0, restarts: int = 3) -> Path:
     given = tuple({"name": one["name"], "kind": one["kind"]} for one in targets)
     _plan.save(replace(plan, restarts=5, targets=given, jobs=(_plan.Job("knn", 5, 569),)), run / "plan.toml")
     # Emulated targets are asked in one start only.
-    for name, read, write in (
+    for name, read, to in (
         ("samples.parquet", pd.read_parquet, "to_parquet"),
         ("blocks.csv", pd.read_csv, "to_csv"),
     ):
         frame = read(run / name)
         frame = frame[(frame["restart"] == 0) | ~frame["target"].astype(str).str.startswith("q")]
-        getattr(frame, write)(run / name, index=False)
+        getattr(frame, to)(run / name, index=False)
     whole = pa.Table.from_pandas(pd.read_parquet(run / "samples.parquet"), preserve_index=False)
     pq.write_table(whole.cast(SCHEMA), run / "samples.parquet")
     return run
@@ -81,12 +81,19 @@ def test_a_run_that_goes_on_may_be_interrupted_again(tmp_path: Path) -> None:
     assert sorted(again["restart"].unique()) == [0] and len(again) < len(first)
 
 
-def test_the_part_of_a_killed_writer_goes_with_its_start(tmp_path: Path) -> None:
+def test_the_parts_of_a_killed_writer_go_with_its_start(tmp_path: Path) -> None:
     interrupted(tmp_path)
-    (tmp_path / "samples-_native-002.parquet").write_bytes(b"PAR1 and no footer")
+    rows = pq.read_table(tmp_path / "samples.parquet").cast(SCHEMA)
+    starts = rows["restart"].to_numpy()
+    write(tmp_path / "samples-_native-000.parquet", [rows.filter(pa.array(starts < 2))], "")
+    writer = ParquetWriter(tmp_path / "samples-_native-002.parquet")
+    writer.add(rows.filter(pa.array(starts == 2)))
+    writer.close(partial=True)
+    (tmp_path / "samples.parquet").unlink()
     _resume.take_back(tmp_path)
-    assert not (tmp_path / "samples-_native-002.parquet").exists()
     assert sorted(path.name for path in tmp_path.glob("samples*")) == ["samples-_before.parquet"]
+    kept = pd.read_parquet(tmp_path / "samples-_before.parquet")
+    assert len(kept) == (starts < 2).sum() and sorted(kept["restart"].unique()) == [0, 1]
 
 
 def test_a_run_that_went_to_its_end_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Samples on disk: what a row holds, files that are cut short, files that are joined."""
+"""Samples on disk: what a row holds, writers that are killed or cut short, files that are joined."""
 
 import os
 import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from loadtest._samples import (
 )
 from loadtest._timing import STAGES
 
+ROOT = Path(__file__).parents[2]
 WHERE = Where("docker", "knn", "closed-16", restart=0, round=3, block=17, worker=2, warmup=True)
 
 
@@ -124,13 +126,67 @@ def test_row_groups_are_bounded_and_memory_does_not_grow(tmp_path: Path) -> None
     assert all(groups.row_group(i).num_rows <= ROW_GROUP + 20_000 for i in range(groups.num_row_groups))
 
 
-def test_partial_is_marked_in_the_file(tmp_path: Path) -> None:
-    for partial in (False, True):
+def test_a_writer_that_is_ended_early_leaves_its_parts_which_a_new_one_removes(tmp_path: Path) -> None:
+    for partial, left in ((True, "s.parquet.parts"), (False, "s.parquet"), (True, "s.parquet.parts")):
         writer = ParquetWriter(tmp_path / "s.parquet")
+        writer.add(table(raw(0), WHERE))
+        writer.flush()
         writer.add(table(raw(10), WHERE))
         writer.close(partial=partial)
-        assert is_partial(tmp_path / "s.parquet") == partial
-        assert len(pd.read_parquet(tmp_path / "s.parquet")) == 10
+        assert [path.name for path in tmp_path.iterdir()] == [left]
+        assert is_partial(tmp_path / left) == partial
+        assert len(pd.read_parquet(tmp_path / left)) == 10
+
+
+def test_what_is_older_than_two_seconds_is_on_the_disk_however_little_it_is(tmp_path: Path) -> None:
+    writer = ParquetWriter(tmp_path / "s.parquet")
+    end = time.monotonic() + 60
+    written = 0
+    while not _samples.files(writer.folder):
+        assert time.monotonic() < end
+        writer.add(table(raw(10, written), WHERE))
+        written += 10
+        time.sleep(0.05)
+    assert len(pd.read_parquet(writer.folder)) == written
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from loadtest._samples import ParquetWriter, table
+from tests.unit.test_samples import WHERE, raw
+writer = ParquetWriter(Path(sys.argv[1]))
+for written in range(0, int(sys.argv[2]), 2_000):
+    writer.add(table(raw(2_000, written), WHERE))
+    writer.flush()
+    print(written + 2_000, flush=True)
+writer.close()
+"""
+
+
+@pytest.mark.parametrize("parts", [1, 7, 50])
+def test_a_writer_that_is_killed_leaves_what_was_written(tmp_path: Path, parts: int) -> None:
+    argv = [sys.executable, "-c", KILLED, str(tmp_path / "s.parquet"), str(10**9)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT) as writing:
+        assert writing.stdout is not None
+        said = [int(writing.stdout.readline()) for _ in range(parts)]
+        writing.kill()
+    assert not (tmp_path / "s.parquet").exists()
+    frame = pd.read_parquet(tmp_path / "s.parquet.parts")
+    assert len(frame) >= said[-1] == parts * 2_000
+    check(frame, len(frame))
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.03, 0.1, 0.3])
+def test_a_writer_that_is_killed_while_it_joins_its_parts_loses_none(tmp_path: Path, delay_s: float) -> None:
+    argv = [sys.executable, "-c", KILLED, str(tmp_path / "s.parquet"), "400000"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT) as writing:
+        assert writing.stdout is not None
+        assert any(int(line) == 400_000 for line in writing.stdout)
+        time.sleep(delay_s)
+        writing.kill()
+    whole = tmp_path / "s.parquet"
+    check(pd.read_parquet(whole if whole.exists() else tmp_path / "s.parquet.parts"), 400_000)
 
 
 FULL_DISK = """
@@ -142,19 +198,17 @@ from loadtest._samples import BlockWriter, CsvWriter, ParquetWriter, table
 kind, folder = sys.argv[1], Path(sys.argv[2])
 writer = {"parquet": ParquetWriter, "csv": CsvWriter}[kind](folder / f"s.{kind}")
 blocks = BlockWriter(folder / "blocks.csv")
-written = 0
-try:
-    while True:
+def fill():
+    for written in range(0, 10**9, 20_000):
         writer.add(table(raw(20_000, written), WHERE))
-        written += 20_000
-except IsolatencyError as error:
-    print(error)
-writer.close()
-try:
+def fill_rest():
     while True:
         blocks.add(WHERE, 1, 2, 3, None, 4)
-except IsolatencyError as error:
-    print(error)
+for call in (fill, writer.close, fill_rest):
+    try:
+        call()
+    except IsolatencyError as error:
+        print(error)
 """
 
 
@@ -162,9 +216,7 @@ except IsolatencyError as error:
 def test_a_full_disk_leaves_files_that_can_be_read(tmp_path: Path, kind: str) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    script = (
-        f'mount -t tmpfs -o size=24m none {small} && {sys.executable} -c "$1" {kind} {small} && cp {small}/* {tmp_path}'
-    )
+    script = f'mount -t tmpfs -o size=24m none {small} && {sys.executable} -c "$1" {kind} {small} && cp -r {small}/. {tmp_path}'
     argv = [
         "unshare",
         "--mount",
@@ -177,12 +229,14 @@ def test_a_full_disk_leaves_files_that_can_be_read(tmp_path: Path, kind: str) ->
     ]
     if subprocess.run([*argv[: argv.index("sh")], "true"], capture_output=True).returncode:
         pytest.skip("no mount namespace can be made here; root, or unprivileged user namespaces, would make this run")
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
-    assert f"s.{kind}: No space left on device" in first
-    assert "blocks.csv: No space left on device" in second
-    frame = pd.read_parquet(tmp_path / "s.parquet") if kind == "parquet" else pd.read_csv(tmp_path / "s.csv")
+    place = "s.csv" if kind == "csv" else "s.parquet.parts"
+    first, *again, last = done.stdout.splitlines()
+    assert f"{place}: No space left on device; what was measured before is in it: free some space" in first
+    assert again == ([first] if kind == "parquet" else [])  # what was still in memory did not fit when it was closed
+    assert "blocks.csv: No space left on device" in last
+    frame = pd.read_csv(tmp_path / place) if kind == "csv" else pd.read_parquet(tmp_path / place)
     assert len(frame) > 20_000
     check(frame, len(frame))
     lines = (tmp_path / "blocks.csv").read_text()
@@ -210,6 +264,9 @@ def test_join_makes_one_file_of_the_phases(tmp_path: Path) -> None:
         blocks = BlockWriter(tmp_path / f"blocks-{phase}.csv")
         blocks.add(where, 1, 2, 3, 12, 34)
         blocks.close()
+    assert sorted(path.name for path in tmp_path.glob("samples*")) == [
+        "samples-native.parquet", "samples-qemu.parquet.parts",
+    ]  # fmt: skip
     assert join(tmp_path) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks.csv", "samples.parquet"]
     frame = pd.read_parquet(tmp_path / "samples.parquet")
@@ -227,7 +284,7 @@ def test_join_leaves_what_it_cannot_read_and_says_so(tmp_path: Path) -> None:
     writer = ParquetWriter(tmp_path / "samples-native.parquet")
     writer.add(table(raw(100), WHERE))
     writer.close()
-    (tmp_path / "samples-qemu.parquet").write_bytes(b"PAR1" + bytes(1000))  # its writer was killed
+    (tmp_path / "samples-qemu.parquet").write_bytes(b"PAR1" + bytes(1000))
     (sentence,) = join(tmp_path)
     assert "samples-qemu.parquet" in sentence
     assert (tmp_path / "samples-qemu.parquet").exists()

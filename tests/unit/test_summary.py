@@ -1,5 +1,6 @@
 """Figures against folders whose truth is known."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from images.errors import IsolatencyError, UsageError
+from loadtest import _samples
 from loadtest._plan import Job, read, save
 from loadtest._report import markdown
 from loadtest._samples import SCHEMA
@@ -338,7 +340,7 @@ def test_what_comes_in_the_drain_is_nobodys_throughput(tmp_path: Path) -> None:
 
 
 def test_a_killed_runs_parts_are_read_and_the_rest_is_named(tmp_path: Path) -> None:
-    """The phase that was under way has no footer, its blocks have half a line, and nothing was joined."""
+    """One phase's file is damaged, its blocks have half a line, and nothing was joined."""
     make(tmp_path, [target("a"), target("b")], jobs=JOBS, partial=True)
     (tmp_path / "samples.parquet").rename(tmp_path / "samples-native.parquet")
     (tmp_path / "blocks.csv").rename(tmp_path / "blocks-native.csv")
@@ -352,6 +354,28 @@ def test_a_killed_runs_parts_are_read_and_the_rest_is_named(tmp_path: Path) -> N
     text = "\n".join(found.caveats)
     assert "samples-qemu.parquet: could not be read" in text and "samples-native.parquet: was never joined" in text
     assert "blocks-qemu.csv: its last line is torn" in text and "batch.csv: its last line is torn" in text
+
+
+def test_the_phase_in_which_a_run_was_killed_is_in_the_figures(tmp_path: Path) -> None:
+    """Its samples lie in their parts; requests of the block that was under way are in no figure."""
+    make(tmp_path, [target("a"), target("b")], jobs=JOBS, partial=True)
+    whole = summarise(tmp_path)
+    writer = _samples.ParquetWriter(tmp_path / "samples-native.parquet")
+    for rows in _samples.read(tmp_path / "samples.parquet"):
+        writer.add(rows)
+    writer.close(partial=True)
+    (tmp_path / "samples.parquet").unlink()
+    *lines, _ = (tmp_path / "blocks.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "blocks.csv").unlink()
+    (tmp_path / "blocks-native.csv").write_text("".join(lines))
+    found = summarise(tmp_path)
+    assert found.partial and [cell.target for cell in found.cells] == ["a", "b"]
+    assert 0 < sum(cell.requests for cell in found.cells) < sum(cell.requests for cell in whole.cells)
+    text = "\n".join(found.caveats)
+    assert "samples-native.parquet.parts: was cut short" in text
+    assert re.search(r"samples: \d+ requests of blocks that did not end are in no figure", text)
+    _samples.join(tmp_path)
+    assert summarise(tmp_path).cells == found.cells and _samples.is_partial(tmp_path / "samples.parquet")
 
 
 def test_what_the_plan_wanted_and_did_not_get_is_named(tmp_path: Path) -> None:
