@@ -133,7 +133,6 @@ class Service:
         add("GET", "/jobs/{id}", self._job)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        self.connections.in_flight += 1
         try:
             if hdrs.EXPECT in request.headers:
                 await _continue(request)
@@ -146,8 +145,6 @@ class Service:
             return await handler(request, parts, body)
         except Exception as error:
             return self._refuse(request, error)
-        finally:
-            self.connections.in_flight -= 1
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()

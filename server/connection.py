@@ -38,7 +38,6 @@ class Connections:
         self.open: set[Connection] = set()
         self.arriving: dict[Connection, int] = {}
         self.last_byte_ns = 0
-        self.in_flight = 0
         self.held = 0  # bytes of large bodies and answers
         self.stopping = False
 
@@ -104,6 +103,12 @@ class Connection(web.RequestHandler):
             if not self._begun_ns:
                 self._begun_ns = self._book.arriving[self] = now
         super().data_received(data)
+
+    @property
+    def under_way(self) -> bool:
+        """A request is being read or answered, or its answer taken."""
+        unsent = self.transport is not None and self.transport.get_write_buffer_size() > 0
+        return self._request_in_progress or unsent
 
     @property
     def at_work(self) -> bool:

@@ -54,7 +54,8 @@ async def serve(service: Service, host: str, port: int, access_log: logging.Logg
         over = time.monotonic() + grace_s
         await service.stop_jobs()
         while book.open and time.monotonic() < over and not second.is_set():
-            if not book.in_flight and time.monotonic_ns() - book.last_byte_ns > QUIET_S * 1e9:
+            quiet = time.monotonic_ns() - book.last_byte_ns > QUIET_S * 1e9
+            if quiet and not any(one.under_way for one in book.open):
                 break
             await asyncio.sleep(LOOK_S)
     finally:

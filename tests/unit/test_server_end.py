@@ -135,6 +135,23 @@ def test_half_a_request_may_still_become_whole(tmp_path: Path) -> None:
         ended(running)
 
 
+def test_a_large_answer_is_taken_slowly_to_its_end(tmp_path: Path) -> None:
+    rows = np.resize(np.load(DATA / "knn.npz")["rows"], (1000, 30))
+    body = json.dumps(request(rows, parameters={"k": 569}, outputs=[{"name": "distances"}])).encode()
+    asked = b"POST /v2/models/knn/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with serving(tmp_path, "--model", "knn") as running, contextlib.ExitStack() as kept:
+        line = kept.enter_context(socket.create_connection(running.address, timeout=BOUND_S))
+        line.sendall(asked)
+        found = [line.recv(100)]  # it is there, and most of it has no room in the kernel
+        running.process.terminate()
+        for _ in range(20):
+            time.sleep(0.15)  # all in all longer than a server without work waits
+            found.append(line.recv(2**16))
+        answer = parse(b"".join([*found, *iter(lambda: line.recv(2**20), b"")]))
+        assert answer.status == 200 and len(answer.body) == int(answer.headers["content-length"]) > 8 * 2**20
+        ended(running)
+
+
 def test_idle_connections_do_not_keep_it(tmp_path: Path) -> None:
     with serving(tmp_path, "--model", "knn", "--grace", "600") as running, contextlib.ExitStack() as kept:
         lines = [kept.enter_context(contextlib.closing(running.connect())) for _ in range(50)]
