@@ -1,6 +1,7 @@
 """The cells of a summary: what one target did with one model under one load."""
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -31,9 +32,12 @@ def cells(folder: Folder, base: str | None, logs: Logs, primary: list[tuple[str,
     ratios: dict[Key, Ratios] = {}
     busy = limited(folder)
     given = {target.name for target in folder.targets if target.kind == "url"}
+    pair = direct(folder)
     for target in folder.targets:
         if base is not None and target.name != base and not target.emulated:
-            ratios |= judged(target.name, base, keys, logs, primary, margin, busy, bool({target.name, base} & given))
+            others = tests(*pair, logs, primary) if pair and target.name == pair[0] and base != pair[1] else []
+            instances = bool({target.name, base} & given)
+            ratios |= judged(target.name, base, keys, logs, primary, margin, busy, others, instances)
     return [
         _cell(
             target,
@@ -54,11 +58,12 @@ def cells(folder: Folder, base: str | None, logs: Logs, primary: list[tuple[str,
 
 def judged(
     ours: str, base: str, keys: list[tuple[str, str]], logs: Logs, primary: list[tuple[str, str]], margin: Margins,
-    limited: dict[Key, float], instances: bool = False,
+    limited: dict[Key, float], others: Sequence[float], instances: bool = False,
 ) -> dict[Key, Ratios]:  # fmt: skip
     """The ratios of one target over another in every cell that it has, with verdicts where the cell is primary.
 
     `limited`: the share of each cell's blocks in which the load client could not keep up.
+    `others`: p-values of the same target over another one, see judge.
     `instances`: one of the two cannot be started again, so that whatever is found is about this instance of it.
     """
     found: dict[Key, tuple[Ratios, bool]] = {}
@@ -82,7 +87,19 @@ def judged(
                 *(one and one.replace(of=one.of and "instances") for one in msgspec.structs.astuple(ratios))
             )
         found[ours, *key] = (ratios, key in primary)
-    return dict(zip(found, _verdict.judge(list(found.values()), margin, blocked), strict=True))
+    return dict(zip(found, _verdict.judge(list(found.values()), margin, blocked, others), strict=True))
+
+
+def direct(folder: Folder) -> tuple[str, str] | None:
+    """The first firecracker and the first docker: the one is compared with the other, too."""
+    native = {target.kind: target.name for target in reversed(folder.targets) if not target.emulated}
+    return (native["firecracker"], native["docker"]) if {"docker", "firecracker"} <= native.keys() else None
+
+
+def tests(ours: str, over: str, logs: Logs, primary: list[tuple[str, str]]) -> list[float]:
+    """The p-values of one target over another in the primary cells."""
+    both = [_starts.ratios(logs[ours, *key], logs.get((over, *key))) for key in primary if (ours, *key) in logs]
+    return [p for ratios in both for one in (ratios.p50, ratios.p99) if (p := _verdict.p_value(one)) is not None]
 
 
 def limited(folder: Folder) -> dict[Key, float]:

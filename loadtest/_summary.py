@@ -41,7 +41,7 @@ def summarise(run: Path, baseline: str | None = None, margin: str | None = None)
     parts = [run_caveats, unsound, *(target.caveats for target in targets)]
     parts += [cell.caveats for cell in cells] + [row.caveats for row in batch]
     manifest = folder.manifest
-    direct = _direct(folder, logs, primary, margins)
+    direct = _direct(folder, base, logs, primary, margins)
     return Summary(
         schema=SCHEMA, run=run.resolve().name, started=manifest.get("started"), ended=manifest.get("ended"),
         command=manifest.get("command", []), seed=folder.plan.seed,
@@ -152,14 +152,17 @@ def _peaks(folder: Folder) -> list[Peak]:
     return found
 
 
-def _direct(folder: Folder, logs: Logs, primary: list[tuple[str, str]], margins: Margins) -> Direct | None:
+def _direct(
+    folder: Folder, base: str | None, logs: Logs, primary: list[tuple[str, str]], margins: Margins
+) -> Direct | None:
     """The first firecracker over the first docker."""
-    native = {target.kind: target.name for target in reversed(folder.targets) if not target.emulated}
-    if not {"docker", "firecracker"} <= native.keys():
+    pair = _cells.direct(folder)
+    if pair is None:
         return None
-    over, ours = native["docker"], native["firecracker"]
+    ours, over = pair
+    others = _cells.tests(ours, base, logs, primary) if base not in (None, ours, over) else []
     keys = [(m, ld) for m in folder.plan.models for ld in folder.plan.loads if (over, m, ld) in logs]
-    found = _cells.judged(ours, over, keys, logs, primary, margins, _cells.limited(folder))
+    found = _cells.judged(ours, over, keys, logs, primary, margins, _cells.limited(folder), others)
     cells = [DirectCell(model, load, ratios) for (_, model, load), ratios in found.items()]
     batch = []
     for job, of_job in folder.batch.groupby("job", sort=False) if len(folder.batch) else []:

@@ -35,11 +35,13 @@ def margins(text: str) -> Margins:
 
 
 def judge(
-    cells: Sequence[tuple[Ratios, bool]], margin: Margins, blocked: Mapping[tuple[int, str], str] | None = None
-) -> list[Ratios]:
+    cells: Sequence[tuple[Ratios, bool]], margin: Margins, blocked: Mapping[tuple[int, str], str] | None = None,
+    others: Sequence[float] = (),
+) -> list[Ratios]:  # fmt: skip
     """The ratios of one target, each with whether its cell is primary, with their verdicts.
 
     `blocked`: by a cell's number and p50, p99 or throughput, why no verdict and no gate rests on it.
+    `others`: p-values of the same target's tests against another one, with which these share the error rate.
 
     The primary p50 and p99 are one family of tests: a difference counts when Holm's correction leaves its p-value below
     5 % and its estimate exceeds the margin. "No difference seen" needs the 95 % interval inside the margin: two
@@ -51,9 +53,9 @@ def judge(
         for name in ("p50", "p99")
         if primary and getattr(ratios, name).estimate is not None
     ]
-    tested = {place: _p(getattr(cells[place[0]][0], place[1])) for place in family}
+    tested = {place: p_value(getattr(cells[place[0]][0], place[1])) for place in family}
     known = {place: p for place, p in tested.items() if p is not None}
-    adjusted = dict(zip(known, _stats.holm(list(known.values())), strict=True))
+    adjusted = dict(zip(known, _stats.holm([*known.values(), *others]), strict=False))
     out = []
     for number, (ratios, primary) in enumerate(cells):
         changed: dict[str, Ratio] = {}
@@ -63,7 +65,7 @@ def judge(
             if primary and name != "throughput":
                 place = (number, name)
                 ratio = ratio.replace(p_value=tested.get(place), p_holm=adjusted.get(place))
-                ratio = _decide(ratio, getattr(margin, name), len(family))
+                ratio = _decide(ratio, getattr(margin, name), len(family) + len(others))
                 if why:
                     ratio = ratio.replace(verdict=OPEN, reason=why, starts_needed=None)
             changed[name] = ratio
@@ -71,7 +73,8 @@ def judge(
     return out
 
 
-def _p(ratio: Ratio) -> float | None:
+def p_value(ratio: Ratio) -> float | None:
+    """Of the hypothesis that there is no difference; None where there is no interval."""
     if ratio.estimate is None or ratio.log_se is None or ratio.df is None:
         return None
     return _stats.p_value(_stats.Location(math.log(ratio.estimate), ratio.log_se, ratio.df))

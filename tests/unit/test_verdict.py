@@ -276,3 +276,20 @@ def test_a_server_that_cannot_be_started_again_is_judged_as_this_instance(tmp_pa
     assert told == {"On the given server (shop)": True, "As a process on the host (b)": False}
     assert [row.target for row in summary.starts] == ["a", "b"]
     assert summarise(tmp_path, "shop").cells[2].ratio.p50.of == "instances"  # type: ignore[union-attr]
+
+
+def test_a_target_that_is_compared_with_two_others_has_one_error_rate(tmp_path: Path) -> None:
+    """Firecracker over the process and over docker: four tests. Where docker is the baseline it is one comparison."""
+    targets = [target("process"), target("docker", kind="docker"), target("firecracker", kind="firecracker")]
+    make(tmp_path, targets, restarts=6, start_sd=0.02, rounds=3, per_block=600)
+    summary = summarise(tmp_path)
+    assert summary.direct is not None
+    over = [cell.ratio for cell in summary.cells if cell.target == "firecracker"] + [summary.direct.cells[0].ratio]
+    every = [one for ratios in over if ratios is not None for one in (ratios.p50, ratios.p99)]
+    assert len(every) == 4
+    wanted = _stats.holm([one.p_value for one in every if one.p_value is not None])
+    assert [one.p_holm for one in every] == pytest.approx(wanted)
+    docker = summarise(tmp_path, "docker")
+    (alone,) = (cell.ratio for cell in docker.cells if cell.target == "firecracker")
+    assert alone is not None and alone.p50.p_value is not None and alone.p99.p_value is not None
+    assert [alone.p50.p_holm, alone.p99.p_holm] == pytest.approx(_stats.holm([alone.p50.p_value, alone.p99.p_value]))
