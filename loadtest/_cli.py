@@ -145,6 +145,22 @@ def _share(text: str | None) -> float | None:
         raise click.BadParameter(f"{text!r}; wanted a share such as 2%") from None
 
 
+def _one_process(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Locust's options for several processes, refused in words that help."""
+
+    def refuse(_context: Any, option: Any, given: Any) -> None:
+        if given:
+            raise click.UsageError(
+                f"a comparison is driven by one Locust process; {option.opts[0]} is for `locust -f loadtest/` "
+                "on one target"
+            )
+
+    for name in ("--processes", "--master", "--worker"):
+        is_flag = name != "--processes"
+        function = click.option(name, is_flag=is_flag, hidden=True, expose_value=False, callback=refuse)(function)
+    return function
+
+
 fail_if_option = click.option(
     "--fail-if", "gates", multiple=True, metavar="TARGET:MODEL:LOAD:METRIC>+X%",
     help="Exit 3 where the interval lies wholly beyond, 5 where that cannot be told; may be repeated.",
@@ -183,6 +199,7 @@ margin_option = click.option(
     help="Also search, for each target, the highest rate of Poisson arrivals that holds it.",
 )
 @click.option("--keep-awake", is_flag=True, help="Idle processors poll, so that no request waits for one to wake up.")
+@click.option("--encoding", type=click.Choice(["binary", "json"]), help="Of the tensors sent; default: binary.")
 @click.option("--seed", type=int, help="Seed of every order and choice in the run.")
 @click.option("--seconds", type=float, help="Seconds of load per target, model, load and start.")
 @click.option("--restarts", type=int, help="Start every target so often: then intervals hold what starts differ by.")
@@ -193,6 +210,7 @@ margin_option = click.option(
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with this interrupted run.")
 @margin_option
 @fail_if_option
+@_one_process
 @_dry_run
 def run(
     plan: Path | None, quick: bool, targets: Sequence[str], out: Path, gates: Sequence[str], resume: Path | None,
@@ -218,7 +236,8 @@ def run(
         if (path / "summary.json").exists():
             summary = _report.summarise(path)
             _report.terminal(summary, Console())
-            code = code or _tell(_compare.of_run(wanted, summary))
+            told = _tell(_compare.of_run(wanted, summary))
+            code = code or told
         _say(f"run folder: {path}")
     sys.exit(code)
 

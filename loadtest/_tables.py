@@ -256,7 +256,7 @@ def targets(summary: Summary) -> Grid:
                 (identity.get("tree_sha256") or "unknown")[:12] + "*" * (identity.get("tree_sha256_source") == "label"),
                 identity.get("blas_kernel") or "unknown",
                 size,
-                significant(target.ready_s),
+                NOTHING if target.kind == "url" else significant(target.ready_s),
                 significant(target.first_prediction_ms),
                 significant(target.host_memory_mib),
             )

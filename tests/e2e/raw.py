@@ -97,6 +97,8 @@ class Raw:
                     output = {"name": "rows" if "null" in path else "label", "datatype": "INT64", "shape": [-1]}
                     told = {"name": "knn", "inputs": inputs, "outputs": [output]}
                     connection.sendall(whole(json.dumps(told).encode()))
+                elif path == "/v2/health/ready":
+                    connection.sendall(whole(b"{}"))
                 elif path == "/v2":
                     connection.sendall(whole(b'{"name":"raw","extensions":["binary_tensor_data"]}'))
                 else:

@@ -56,6 +56,13 @@ def test_a_mistake_is_one_line_with_its_exit_code(isolatency: Command, words: li
     assert found in one_line(done)
 
 
+def test_locusts_options_for_several_processes_are_refused_by_a_run(isolatency: Command) -> None:
+    for words in (["--processes", "4"], ["--master"], ["--worker"]):
+        done = isolatency("run", *words)
+        assert done.returncode == 2
+        assert f"driven by one Locust process; {words[0]} is for `locust -f loadtest/` on one target" in done.stderr
+
+
 def test_an_unknown_key_of_a_plan_is_named_with_its_line(isolatency: Command, tmp_path: Path) -> None:
     plan = tmp_path / "plan.toml"
     plan.write_text('seed = 1\n\n[[targets]]\nkind = "docker"\nmem_mb = 512\n')

@@ -288,6 +288,33 @@ def test_a_server_that_answers_oddly_is_an_error_and_the_others_are_measured(tmp
     assert {cell["target"] for cell in found["cells"]} == {"process"}
 
 
+URLS = """
+import subprocess, sys
+from tests.e2e.raw import Raw, every_third_503
+def mostly_503(connection, body, n):
+    every_third_503(connection, body, (n + 1) % 3 // 2 if b'"data": [1]' in body else 1)  # questions have more rows
+urls = [f"--target={name}=url:{server.url}" for name, server in (("good", Raw()), ("bad", Raw(mostly_503)))]
+sys.exit(subprocess.run([*sys.argv[1:], *urls]).returncode)
+"""
+
+
+def test_servers_given_by_url_are_compared_as_these_instances_and_gated_though_requests_failed(tmp_path: Path) -> None:
+    argv = [ISOLATENCY, "run", "--only", "load", "--model", "null", "--seconds", "2", "--restarts", "3"]
+    argv += ["--encoding", "json", "--fail-if", "bad:null:closed-1:p50>+10%", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [ISOLATENCY, "sandbox", "--", sys.executable, "-c", URLS, *argv],
+        capture_output=True, text=True, timeout=400, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "exceeded: bad:null:closed-1:p50>+10%: it is ∞" in done.stderr
+    found = json.loads((tmp_path / "latest" / "summary.json").read_text())
+    (bad,) = (cell for cell in found["cells"] if (cell["target"], cell["load"]) == ("bad", "closed-1"))
+    assert (bad["ratio"]["p50"]["verdict"], bad["ratio"]["p50"]["infinite"]) == ("slower", 1)
+    assert bad["failures_by_kind"].keys() == {"wrong_status"} and found["starts"] == []
+    assert found["answer"][0].endswith("All of these instances only.")
+    assert tomllib.loads((tmp_path / "latest" / "plan.toml").read_text())["encoding"] == "json"
+
+
 OWN_IMAGE = """
 import docker, subprocess, sys
 from images import store
