@@ -17,6 +17,7 @@ from loadtest._schema import Ratio, Ratios, Span
 QUANTILES = {"p50": 0.5, "p99": 0.99}
 KERNEL = {f"{name}_kernel": q for name, q in QUANTILES.items()}  # by the kernel's stamps
 EVERY = QUANTILES | KERNEL
+LOST = 0.01  # of a block's stamps, as when somebody sets the clock: the others still tell its quantiles
 TOO_FEW = f"fewer than {_stats.MIN_PAIRS} quads"
 
 
@@ -31,7 +32,7 @@ def block_logs(found: Requests, blocks: pd.DataFrame) -> pd.DataFrame:
     """Per (restart, round) of one cell: its block's log p50 and log p99, of the requests after the first moments that
     follow a switch; how many answers came in time; seconds; and when it began.
 
-    NaN where the cell's blocks have too few requests for the quantile, or the kernel stamped them not all; +inf where
+    NaN where the cell's blocks have too few requests for the quantile, or too few of the kernel's stamps; +inf where
     failures reach it, and where a block has so few in a cell that has enough that it must be a slow one.
     """
     rows = found.rows
@@ -48,9 +49,11 @@ def block_logs(found: Requests, blocks: pd.DataFrame) -> pd.DataFrame:
         row = {"restart": block["restart"], "round": block["round"], "start_ns": block["start_ns"]}
         for names, column in ((QUANTILES, "us"), (KERNEL, "kernel_us")):
             us = np.array(of_block[column], dtype=float) if of_block is not None and column in of_block else np.empty(0)
+            lost = float(np.isnan(us).mean()) if len(us) else 0.0
+            us = us[~np.isnan(us)]
             for name, q in names.items():
                 row[name] = math.nan
-                if median >= _stats.MIN_MEDIAN[q] and (column == "us" or column in rows) and not np.isnan(us).any():
+                if median >= _stats.MIN_MEDIAN[q] and (column == "us" or column in rows) and lost <= LOST:
                     enough = len(us) > 0 and counts.get(key, 0) >= _stats.MIN_BLOCK[q]
                     row[name] = math.log(_stats.quantiles(us, [q])[0]) if enough else math.inf
         seconds = (block["end_ns"] - block["start_ns"]) / 1e9
