@@ -16,6 +16,7 @@ from server.models.base import BadInput
 PACK_FROM = 1024  # bytes; a smaller answer fits into one packet anyway
 WBITS = {"gzip": 31, "deflate": 15}
 JSON = "application/json"
+LONGEST = 500  # characters of an error's text, which may quote what was sent
 UNSENT = 64 * 2**10  # bytes that the kernel has not taken; from there on the client is waited for
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
@@ -110,7 +111,8 @@ def answer(value: Any, status: int = 200) -> Answer:
 
 
 def refusal(status: int, text: str, headers: Mapping[str, str] | None = None) -> Answer:
-    return Answer(orjson.dumps({"error": " ".join(text.split())}), status, headers)
+    line = " ".join(text.split())
+    return Answer(orjson.dumps({"error": line if len(line) <= LONGEST else f"{line[:LONGEST]}…"}), status, headers)
 
 
 class TooLarge(Exception):

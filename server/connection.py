@@ -15,7 +15,6 @@ from server.metrics import Exposition
 
 T = TypeVar("T")
 SWEEP_S = 0.1
-REASON = 300
 LINGER_S = 2.0  # how long a refused body is drained, so that its sender sees the answer and no reset
 
 
@@ -179,5 +178,4 @@ class Connection(web.RequestHandler):
         self.whole()
         if request.writer.output_size > 0:
             raise ConnectionError("the connection broke in the middle of an answer")
-        reason = str(message or exc or "no reason was given")  # it has what was sent, however long
-        return self._last(status, f"the request could not be read: {reason[:REASON]}")
+        return self._last(status, f"the request could not be read: {message or exc or 'no reason was given'}")

@@ -19,6 +19,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from server.tensors import short
+
 JOBS = ("knn", "dnn")
 KEEP = 100  # ended jobs that can still be asked for
 READY_S = 600.0
@@ -156,7 +158,7 @@ async def _start(name: str, settings: dict[str, int]) -> Job:
 
 def _settings(wanted: Any) -> tuple[str, dict[str, int]]:
     if not isinstance(wanted, dict) or wanted.get("job") not in JOBS:
-        raise BadJob(400, f"wanted an object with job, one of {', '.join(JOBS)}; found {wanted!r}"[:300])
+        raise BadJob(400, f"wanted an object with job, one of {', '.join(JOBS)}; found {short(wanted)}")
     name = wanted["job"]
     settings = {"rows": REPORT_ROWS[name], "epochs": 10, "seed": 1}
     for key, value in wanted.items():
@@ -166,7 +168,7 @@ def _settings(wanted: Any) -> tuple[str, dict[str, int]]:
             raise BadJob(400, f"a job takes {', '.join(settings)}; found {key!r}")
         least = 10 if key == "rows" else 0 if key == "seed" else 1
         if type(value) is not int or not least <= value <= LIMITS[key]:
-            raise BadJob(400, f"wanted a whole number from {least} to {LIMITS[key]} for {key}; found {value!r}"[:300])
+            raise BadJob(400, f"wanted a whole number from {least} to {LIMITS[key]} for {key}; found {short(value)}")
         settings[key] = value
     if name == "knn" and settings["rows"] > REPORT_ROWS["knn"]:
         raise BadJob(400, f"the knn job has {REPORT_ROWS['knn']} rows; found {settings['rows']}")

@@ -183,6 +183,17 @@ def test_a_parameter_that_a_model_does_not_know_is_named(server: Running, model:
     refused(server.infer(model, rows, parameters={"k": 5}), 400, model, "k")
 
 
+def test_errors_quote_a_part_of_what_is_long(server: Running) -> None:
+    long = "x" * 10**6
+    for parameters in ({"k": long}, {long: 1}, {"metric": long}):
+        answer = server.infer("knn", good(), parameters=parameters)
+        refused(answer, 400, "xxx")
+        assert len(answer.json["error"]) < 600
+    answer = server.call("GET", f"/{long[:8000]}")
+    refused(answer, 404, "xxx")
+    assert len(answer.json["error"]) < 600
+
+
 def test_a_body_above_the_limit(server: Running) -> None:
     refused(server.call("POST", INFER, b" " * (16 * 2**20 + 1)), 413)
     chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"

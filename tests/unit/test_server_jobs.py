@@ -206,6 +206,9 @@ def test_a_server_that_is_killed_takes_its_job_along(server: Running) -> None:
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the job's process to end")
 
 
+DEEP = b"[" * 1000 + b"]" * 1000
+
+
 def _quietly(server: Running, job: dict[str, Any]) -> None:
     with contextlib.suppress(OSError, http.client.HTTPException):
         server.call("POST", "/jobs", job)
@@ -219,7 +222,7 @@ def _quietly(server: Running, job: dict[str, Any]) -> None:
         {"job": "knn", "rows": 60.5}, {"job": "knn", "rows": "60"}, {"job": "knn", "rows": True},
         {"job": "knn", "rows": None}, {"job": "dnn", "rows": 64, "epochs": 0}, {"job": "dnn", "epochs": "1"},
         {"job": "knn", "seed": -1}, {"job": "knn", "seed": 1.5}, {"job": "knn", "unknown": 1},
-        {"job": "dnn", "rows": 10**12},
+        {"job": "dnn", "rows": 10**12}, DEEP, b'{"job": %s}' % DEEP, b'{"job": "knn", "rows": %s}' % DEEP,
     ],
 )  # fmt: skip
 def test_jobs_that_cannot_be(server: Running, body: Any) -> None:
