@@ -322,7 +322,7 @@ class Service:
                 await served.batcher.aside(lambda: served.model.check(wanted.parameters))
             call = Call(wanted, time.monotonic_ns())
             connection.waiting = call
-            if not served.batcher.at_once(call, others=bool(self.connections.arriving)):
+            if not served.batcher.at_once(call, others=self.connections.others(call.parsed_ns)):
                 await served.batcher.wait(call)
             connection.waiting = None
             if call.error is not None:

@@ -15,6 +15,7 @@ from server.metrics import Exposition
 
 T = TypeVar("T")
 SWEEP_S = 0.1
+TURN_NS = 10_000_000  # a request that began to arrive before that is not one of the event loop's turn
 LINGER_S = 2.0  # how long a refused body is drained, so that its sender sees the answer and no reset
 
 
@@ -39,6 +40,10 @@ class Connections:
         self.last_byte_ns = 0
         self.held = 0  # bytes of large bodies and answers
         self.stopping = False
+
+    def others(self, now_ns: int) -> bool:
+        """Whether more requests than the one that is handled arrive just now; slow senders do not count."""
+        return bool(self.arriving) and next(reversed(self.arriving.values())) > now_ns - TURN_NS
 
     async def sweep(self) -> None:
         """Cut senders that are slow, for ever; how late this wakes up is the event loop's lag."""

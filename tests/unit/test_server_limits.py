@@ -19,7 +19,9 @@ import numpy as np
 import psutil
 import pytest
 
-from server.limits import flags
+from server.connection import Connections
+from server.limits import Limits, flags
+from server.metrics import Exposition
 from tests.unit.serving import DATA, ROOT, Answer, Running, exchange, request, serving, wait_for
 from tests.unit.test_server_batching import Gate, hold, own
 from tests.unit.test_server_errors import parse, refused
@@ -286,6 +288,16 @@ class SlowSenders:
 
     def over(self) -> bool:
         return not self._thread.is_alive()
+
+
+def test_a_slow_sender_is_nobody_to_share_a_call_with() -> None:
+    book, now = Connections(Limits(), Exposition()), time.monotonic_ns()
+    slow, fast = object(), object()
+    assert not book.others(now)
+    book.arriving[slow] = now - 10**9  # type: ignore[index]
+    assert not book.others(now)
+    book.arriving[fast] = now - 10**5  # type: ignore[index]
+    assert book.others(now)
 
 
 def test_slow_senders_are_cut_and_disturb_nobody(tmp_path: Path) -> None:
