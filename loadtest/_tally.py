@@ -25,31 +25,33 @@ METHOD = "POST"
 def add(stats: Any, name: str, raw: Raw, epoch_ns: int) -> None:
     """Add requests, shape (n, FIELDS), to Locust's RequestStats under the row `name`.
 
-    `epoch_ns` is what the wall clock shows when the monotonic one shows 0. In the mean, the least and the most, as in
-    Locust, a failed request counts with the time until its failure was known.
+    `epoch_ns` is what the wall clock shows when the monotonic one shows 0. The mean, the least and the most are of the
+    requests that were answered: to Locust, a failed one has no time (a "none request").
     """
     if not len(raw):
         return
-    elapsed_ns = raw[:, ENDED] - raw[:, INTENDED]
-    times = _histogram.counts(np.where(raw[:, OUTCOME] == OK, _histogram.middles_ns(elapsed_ns) / 1e6, NEVER_MS))
+    elapsed_ns, good = raw[:, ENDED] - raw[:, INTENDED], raw[:, OUTCOME] == OK
+    times = _histogram.counts(np.where(good, _histogram.middles_ns(elapsed_ns) / 1e6, NEVER_MS))
     seconds = _histogram.counts((raw[:, ENDED] + epoch_ns) // 1_000_000_000)
     last = (int(raw[:, ENDED].max()) + epoch_ns) / 1e9
-    total_ms, least_ms, most_ms = (float(f(elapsed_ns)) / 1e6 for f in (np.sum, np.min, np.max))
+    answered_ms = elapsed_ns[good] / 1e6
     for entry in (stats.total, stats.entries[(name, METHOD)]):
         if entry.use_response_times_cache and int(last) > int(entry.last_request_timestamp or last):
             entry._cache_response_times(int(last) - 1)  # what Locust's own log() does once a second
         entry.num_requests += len(raw)
-        entry.total_response_time += total_ms
+        entry.num_none_requests += len(raw) - len(answered_ms)
+        entry.total_response_time += float(answered_ms.sum())
         entry.total_content_length += int(raw[:, BYTES_IN].sum())
         entry.last_request_timestamp = last
-        entry.max_response_time = max(entry.max_response_time, most_ms)
-        least_before = entry.min_response_time
-        entry.min_response_time = least_ms if least_before is None else min(least_before, least_ms)
+        if len(answered_ms):
+            entry.max_response_time = max(entry.max_response_time, float(answered_ms.max()))
+            least_ms, least_before = float(answered_ms.min()), entry.min_response_time
+            entry.min_response_time = least_ms if least_before is None else min(least_before, least_ms)
         for second, n in seconds:
             entry.num_reqs_per_sec[second] += n
         for time_ms, n in times:
             entry.response_times[time_ms] += n
-    failed = raw[raw[:, OUTCOME] != OK]
+    failed = raw[~good]
     for kind, n in _histogram.counts(
         failed[:, OUTCOME] * 1000 + failed[:, STATUS] * (failed[:, OUTCOME] == WRONG_STATUS)
     ):
