@@ -139,7 +139,7 @@ def test_a_large_answer_is_taken_slowly_to_its_end(tmp_path: Path) -> None:
     rows = np.resize(np.load(DATA / "knn.npz")["rows"], (1000, 30))
     body = json.dumps(request(rows, parameters={"k": 569}, outputs=[{"name": "distances"}])).encode()
     asked = b"POST /v2/models/knn/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    with serving(tmp_path, "--model", "knn") as running, contextlib.ExitStack() as kept:
+    with serving(tmp_path, "--model", "knn", "--grace", "120") as running, contextlib.ExitStack() as kept:
         line = kept.enter_context(socket.create_connection(running.address, timeout=BOUND_S))
         line.sendall(asked)
         found = [line.recv(100)]  # it is there, and most of it has no room in the kernel

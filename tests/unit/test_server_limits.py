@@ -153,7 +153,7 @@ def test_answers_that_nobody_takes_are_bounded_together_with_the_bodies(tmp_path
     said = {"inputs": [{"name": "x", "shape": [2000, 30], "datatype": "FP32", "parameters": {"binary_data_size": rows.nbytes}}], "outputs": [{"name": "neighbours"}, {"name": "distances"}], "parameters": {"k": 569, "binary_data_output": True}}  # fmt: skip
     head = json.dumps(said).encode()
     fields = f"Inference-Header-Content-Length: {len(head)}\r\nContent-Length: {len(head) + rows.nbytes}\r\n\r\n"
-    with serving(tmp_path, "--model", "knn", "--max-bodies-mib", "64") as running:
+    with serving(tmp_path, "--model", "knn", "--max-bodies-mib", "64", "--send-timeout", "600") as running:
         with contextlib.ExitStack() as kept:
             statuses = []
             for _ in range(10):
