@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.bench.tables import put, spread, table
+from tests.bench.tables import show, spread, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH = "/v2/models/null/infer"
@@ -302,9 +302,7 @@ def main() -> None:
             sys.exit(f"bench_client wants {', '.join(missing)}: apt-get install wrk nginx-light util-linux")
         with tempfile.TemporaryDirectory() as folder:
             text = contest(args, Path(folder))
-        print(text)
-        if args.write:
-            put("engine", text)
+        show("engine", text, args.write)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from server.models.dnn import LAYERS, Network, train
 from server.models.knn import DATA, Neighbours
 from server.models.make_data import TRAIN
-from tests.bench.tables import put, spread, table
+from tests.bench.tables import show, spread, table
 
 K = 5
 SMALL = (784, 256, 128, 10)
@@ -279,9 +279,7 @@ def main() -> None:
     text += f" Not installed and not in the table: {', '.join(missing)}." * bool(missing)
     if given.only in (None, "training"):
         text += f"\n\n{accuracies()}"
-    print(f"\n{text}")
-    if given.write:
-        put("models", text)
+    show("models", text, given.write)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import psutil
 from loadtest import _cpu
 from server import protocol
 from tests.bench.bare_server import Work
-from tests.bench.tables import put, spread, table
+from tests.bench.tables import show, spread, table
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 9_100
@@ -254,9 +254,7 @@ def main() -> None:
         f"\n\n{args.rounds} rounds of {args.seconds:g} s each, {platform.processor() or platform.machine()}, "
         f"{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}."
     )
-    print(text)
-    if args.write:
-        put("server", text)
+    show("server", text, args.write)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import uvloop
 
-from tests.bench.tables import put, table
+from tests.bench.tables import show, table
 from tests.unit.serving import DATA, Running, request, serving
 
 CONNECTIONS = 16
@@ -161,9 +161,7 @@ def main() -> None:
         f"\n\nAnswered as they should be: {told['right']:,} of {told.total():,}. "
         f"From the first look to the last RSS grew by {looks[-1].rss_mib - looks[0].rss_mib:.1f} MiB; the aim is 2."
     )
-    print(text)
-    if chosen.write:
-        put("soak", text)
+    show("soak", text, chosen.write)
 
 
 if __name__ == "__main__":

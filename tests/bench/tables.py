@@ -20,8 +20,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def put(name: str, text: str, file: Path = FILE) -> None:
-    """Replace what stands between <!-- name --> and <!-- /name -->. Raises ValueError where there is no such place."""
+def show(name: str, text: str, write: bool, file: Path = FILE) -> None:
+    """Print a table, and `write` it between <!-- name --> and <!-- /name -->. Raises ValueError where no such place is."""
+    print(text)
+    if not write:
+        return
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     whole = file.read_text()
     head, found, rest = whole.partition(start)

@@ -29,7 +29,7 @@ from scipy import stats
 
 from loadtest import _cells, _folder, _starts, _stats
 from loadtest._summary import summarise
-from tests.bench.tables import put
+from tests.bench.tables import show
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "measurement.md"
@@ -395,9 +395,7 @@ def main() -> None:
         return
     out = given.out.absolute()
     text = f"{conditions(out)}\n\n{markdown(table(out))}"
-    print(text)
-    if given.write:
-        put("truth", text, DOCUMENT)
+    show("truth", text, given.write, DOCUMENT)
 
 
 if __name__ == "__main__":

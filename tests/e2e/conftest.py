@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ISOLATENCY = str(Path(sys.executable).parent / "isolatency")
 Command = Callable[..., subprocess.CompletedProcess[str]]
+INSTALL_S = 300.0
+
+
+def bring(name: str, *commands: Sequence[str | Path]) -> None:
+    """Install another program to test with; where that cannot be, the test is skipped and says so."""
+    for argv in commands:
+        try:
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=INSTALL_S)
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"{name} was not there within {INSTALL_S:g} s; a package index makes it run")
+        if done.returncode:
+            pytest.skip(f"{name} cannot be installed; a package index makes it run: {done.stderr.strip()[-300:]}")
 
 
 @pytest.fixture(scope="session")

@@ -337,16 +337,22 @@ def test_an_answer_that_does_not_come_is_a_timeout(tmp_path: Path, data: Path) -
         assert (gaps_s >= 2).all()
 
 
-def test_a_server_that_goes_and_comes_back(tmp_path: Path, data: Path) -> None:
+def away_for_two_seconds(after: int) -> Raw:
+    """A server that stops once it has had so many requests, and comes back two seconds later."""
     server = Raw()
 
     def go_and_come_back() -> None:
-        wait_for(lambda: server.requests > 100, "a hundred requests")
+        wait_for(lambda: server.requests > after, f"{after} requests")
         server.stop()
         time.sleep(2)
         server.listen()
 
     threading.Thread(target=go_and_come_back, daemon=True).start()
+    return server
+
+
+def test_a_server_that_goes_and_comes_back(tmp_path: Path, data: Path) -> None:
+    server = away_for_two_seconds(after=100)
     done = plain(tmp_path, server.url, "--data", data, "--samples", "s.parquet", seconds=12)
     frame = pd.read_parquet(tmp_path / "s.parquet")
     assert done.returncode == 1
@@ -511,15 +517,7 @@ def test_kernel_stamps_and_the_servers_stages_are_recorded(tmp_path: Path, data:
 def test_a_server_that_is_away_makes_the_arrivals_late_or_failed_and_none_is_missing(
     tmp_path: Path, data: Path
 ) -> None:
-    server = Raw()
-
-    def go_and_come_back() -> None:
-        wait_for(lambda: server.requests > 300, "three hundred requests")
-        server.stop()
-        time.sleep(2)
-        server.listen()
-
-    threading.Thread(target=go_and_come_back, daemon=True).start()
+    server = away_for_two_seconds(after=300)
     words = ("--scenario", "constant", "--rate", 200, "--samples", "s.parquet", "--data", data)
     done = plain(tmp_path, server.url, *words, users=8, seconds=12)
     assert done.returncode == 1

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import bring
 from tests.unit.serving import ALL, DATA, serving
 
 CALLS = Path(__file__).with_name("triton_calls.py")
-INSTALL_S = 300.0
 CALLS_S = 300.0
 
 
@@ -17,14 +17,8 @@ CALLS_S = 300.0
 def tritons_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tritonclient")
     python = folder / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "--retries", "1", "tritonclient[http]==2.73.0"]
-    for argv in ([sys.executable, "-m", "venv", str(folder)], install):
-        try:
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=INSTALL_S)
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"tritonclient was not installed within {INSTALL_S:g} s; a package index makes it run")
-        if done.returncode:
-            pytest.skip(f"tritonclient cannot be installed; a package index makes it run: {done.stderr.strip()[-300:]}")
+    install = [python, "-m", "pip", "install", "--quiet", "--retries", "1", "tritonclient[http]==2.73.0"]
+    bring("tritonclient", [sys.executable, "-m", "venv", folder], install)
     return python
 
 
