@@ -1,6 +1,7 @@
 """Runs that start their targets several times: what they say, how they are interrupted and go on, and are compared."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -33,25 +34,29 @@ rows = 100
 """
 
 
+def interrupted(plan: str, out: Path, moment: str) -> None:
+    """Run the plan until a file of that name is in the run folder, then end it as Ctrl-C does."""
+    (out / "plan.toml").write_text(plan)
+    argv = [ISOLATENCY, "sandbox", "--", ISOLATENCY, "run", out / "plan.toml", "--out", out]
+    running = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    end = time.monotonic() + 600
+    while not list(out.glob(f"2*/{moment}")) and running.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGINT)
+    said, _ = running.communicate(timeout=120)
+    assert running.returncode == 130, said
+
+
 @pytest.fixture(scope="module")
 def resumed(
     tmp_path_factory: pytest.TempPathFactory, isolatency: Command
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A run that was interrupted in its second start, and went on."""
     out = tmp_path_factory.mktemp("results")
-    (out / "plan.toml").write_text(PLAN)
-    argv = [ISOLATENCY, "sandbox", "--", ISOLATENCY, "run", out / "plan.toml", "--out", out]
-    running = subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    end = time.monotonic() + 300
-    while not list(out.glob("2*/samples-_native-001*")) and running.poll() is None and time.monotonic() < end:
-        time.sleep(0.1)
-    os.killpg(running.pid, signal.SIGINT)
-    said, _ = running.communicate(timeout=120)
-    assert running.returncode == 130, said
-    done = isolatency("run", "--resume", out / "latest", sandboxed=True)
-    return out, done
+    interrupted(PLAN, out, "samples-_native-001*")
+    return out, isolatency("run", "--resume", out / "latest", sandboxed=True)
 
 
 def test_a_run_goes_on_where_it_was_interrupted(resumed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -94,3 +99,46 @@ def test_a_run_is_compared_with_itself_and_gated(resumed: tuple[Path, Any], isol
     assert same.returncode == 0 and "kept: b:null:closed-1:p50>+900%" in same.stderr
     assert isolatency("report", latest, "--fail-if", "b:null:closed-1:p50>-99%").returncode == 3
     assert isolatency("compare", latest, latest, "--baseline", "nobody").returncode == 2
+
+
+UNTIL = """
+schema = 1
+restarts = 2
+until_ci = {}
+only = "load"
+models = ["null"]
+loads = ["closed-1"]
+seconds = 0.6
+warmup_s = 0.2
+block_s = 0.2
+[[targets]]
+kind = "process"
+[[targets]]
+name = "b"
+kind = "process"
+"""
+
+
+def starts(run: Path) -> list[int]:
+    """The starts whose blocks came to their end."""
+    return sorted(pd.concat(pd.read_csv(path) for path in run.glob("blocks*.csv"))["restart"].unique())
+
+
+def test_until_ci_takes_ten_starts_at_least_also_where_it_was_interrupted(isolatency: Command, tmp_path: Path) -> None:
+    """An interval of 90 % is narrow enough at the first look, which is after ten starts and not after two."""
+    interrupted(UNTIL.format(0.9), tmp_path, "samples-_native-003*")
+    assert starts(tmp_path / "latest")[:3] == [0, 1, 2]
+    done = isolatency("run", "--resume", tmp_path / "latest", sandboxed=True)
+    assert done.returncode == 0, done.stderr
+    assert "start 3" not in done.stderr and "start 4" in done.stderr
+    assert starts(tmp_path / "latest") == list(range(10))
+    summary = json.loads((tmp_path / "latest" / "summary.json").read_text())
+    [ratio] = [cell["ratio"]["p50"] for cell in summary["cells"] if cell["ratio"]]
+    assert not summary["partial"] and summary["restarts"] == ratio["n"] == 10
+    assert math.sqrt(ratio["high"] / ratio["low"]) - 1 <= 0.9
+
+
+def test_until_ci_adds_starts_as_long_as_the_interval_is_wider(tmp_path: Path) -> None:
+    """No interval is as narrow as that; where this would end (after 50 starts) takes too long for a test."""
+    interrupted(UNTIL.format(0.000_001), tmp_path, "samples-_native-011*")
+    assert starts(tmp_path / "latest")[:11] == list(range(11))
