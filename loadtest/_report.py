@@ -34,11 +34,14 @@ MANY_STARTS = (
     "Each target was started {} times, and the intervals are over starts: they contain what two fresh starts of one "
     "program differ by."
 )
+GIVEN = "A server given by URL is one instance, asked as often: what is said of it is about that instance only."
 LOOPBACK = "The process is reached over loopback, so what Docker's bridge and a guest's tap cost counts as isolation."
 
 
 def _how_to_read(summary: Summary) -> tuple[str, str]:
     starts = MANY_STARTS.format(summary.restarts) if summary.restarts > 2 else ONE_START
+    if summary.restarts > 2 and any(target.kind == "url" for target in summary.targets):
+        starts = f"{starts} {GIVEN}"
     return f"{RATIOS} {starts}", LOOPBACK
 
 

@@ -275,6 +275,7 @@ def test_a_server_that_cannot_be_started_again_is_judged_as_this_instance(tmp_pa
     told = {sentence.split(",")[0]: sentence.endswith("All of these instances only.") for sentence in summary.answer}
     assert told == {"On the given server (shop)": True, "As a process on the host (b)": False}
     assert [row.target for row in summary.starts] == ["a", "b"]
+    assert "A server given by URL is one instance" in markdown(summary)
     assert summarise(tmp_path, "shop").cells[2].ratio.p50.of == "instances"  # type: ignore[union-attr]
 
 
