@@ -134,6 +134,10 @@ def _same_name(n: int, value: str) -> pa.Array:
     return pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, dtype=np.int16)), pa.array([value]))
 
 
+# pyarrow brings in pandas where it first sees an array, half a second in which the load would stand still: so now.
+table(blank(1), Where("", "", ""))
+
+
 class ParquetWriter:
     """Streams tables of SCHEMA to the disk, where they can be read whatever becomes of the writer.
 

@@ -296,3 +296,16 @@ def test_every_column_is_in_the_document_in_its_order() -> None:
     table = text.partition("<!-- columns -->")[2].partition("<!-- /columns -->")[0]
     named = [re.findall(r"`([a-z_]+)`", line.split(" | ")[0]) for line in table.splitlines() if line.startswith("| `")]
     assert [name for names in named for name in names] == _samples.SCHEMA.names
+
+
+def test_nothing_is_imported_while_the_load_runs(tmp_path: Path) -> None:
+    """Pyarrow imported pandas at the first table, for which the client of a running load stood still."""
+    code = (
+        "import sys; from pathlib import Path; from loadtest import _samples\n"
+        "writer, before = _samples.open_writer(Path(sys.argv[1])), set(sys.modules)\n"
+        "writer.add(_samples.table(_samples.blank(9), _samples.Where('a', 'b', 'c'))); writer.flush()\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "s.parquet")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []
