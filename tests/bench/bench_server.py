@@ -10,6 +10,7 @@ docs/performance.md.
 
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,6 +184,35 @@ def start_s(core: int) -> tuple[float, float]:
                 time.sleep(0.002)
 
 
+def health_ms(core: int, asked: int = 300) -> float:
+    """The p99 of answers to a health check, beside a model that is busy for 50 ms in every call, without pause."""
+    port, over = PORT + 51, threading.Event()
+    command = [sys.executable, "-m", "server", "--model", "spin", "--spin-us", "50000", "--port", str(port)]
+
+    def load() -> None:
+        while not over.is_set():
+            answers(f"http://127.0.0.1:{port}/v2/models/spin/infer", body(1))
+
+    with started({"one": command}, core, {}):
+        answers(f"http://127.0.0.1:{port}/v2/models/spin/infer", body(1))
+        loading = [threading.Thread(target=load) for _ in range(2)]
+        for one in loading:
+            one.start()
+        line = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        took = []
+        for _ in range(asked):
+            time.sleep(0.005)
+            start = time.monotonic()
+            line.request("GET", "/v2/health/ready")
+            line.getresponse().read()
+            took.append((time.monotonic() - start) * 1e3)
+        over.set()
+        for one in loading:
+            one.join()
+        line.close()
+    return float(np.quantile(took, 0.99))
+
+
 def numpy_mib() -> float:
     code = "import numpy, psutil; print(psutil.Process().memory_info().rss / 2**20)"
     return float(
@@ -238,6 +269,9 @@ def main() -> None:
     rows.append(["null: start to ready, ms", "≤ 350", spread([start * 1e3 for start, _ in starts], ".0f")])
     rows.append(["null: resident at the start beyond NumPy's own, MiB", "≤ 60",
                  spread([mib - base_mib for _, mib in starts], ".0f")])  # fmt: skip
+    rows.append(
+        ["health beside a model of 50 ms a call: p99, ms", "≤ 5", spread([health_ms(core) for _ in range(3)], ".1f")]
+    )
     text = table(["what", "aim", "measured, median and quartiles"], rows)
     shots = [
         [f"{model}, {one}", *(spread([getattr(shot, field) for shot in found], ".0f") for field in Shot._fields)]
