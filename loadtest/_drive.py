@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +38,7 @@ def drive(
     bound_s: float,
     progress: Progress,
     restart: int = 0,
+    lengths: Mapping[str, float] | None = None,
 ) -> str:
     """Run `locust -f loadtest/locustfile.py` over `live`; it writes samples-PHASE.parquet and blocks-PHASE.csv.
 
@@ -54,7 +55,7 @@ def drive(
     ]  # fmt: skip
     log = folder / "logs" / f"locust-{phase}.log"
     try:
-        plan_file.write_bytes(msgspec.json.encode(plan.for_engine(phase, emulated, restart)))
+        plan_file.write_bytes(msgspec.json.encode(plan.for_engine(phase, emulated, restart, lengths)))
         endpoints_file.write_bytes(msgspec.json.encode({"targets": [_endpoint(one) for one in live]}))
         with log.open("wb") as errors:
             process = shell.spawn(argv, env=environment, stdout=subprocess.PIPE, stderr=errors, cwd=folder / "logs")

@@ -1,9 +1,16 @@
-"""In which order blocks go round the targets, so that drift hits all of them alike. Pure functions."""
+"""In which order blocks go round the targets, so that drift hits all of them alike, and how long they are. Pure."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from loadtest import _stats
+from loadtest._arrivals import Load
+
+LEAST_BLOCK_S, MOST_BLOCK_S = 0.2, 5.0  # short blocks see the least of a drift; longer ones leave too few quads
+OPEN_BLOCK_S = 5.0  # of open arrivals: queues have a memory
+RESERVE = 1.25  # a block that is slower than the calibration still holds its requests
 
 
 def rounds(targets: Sequence[str], blocks: int, seed: Sequence[int]) -> list[tuple[str, ...]]:
@@ -28,11 +35,32 @@ def rounds(targets: Sequence[str], blocks: int, seed: Sequence[int]) -> list[tup
     return found
 
 
-def blocks_per_target(seconds: float, block_s: float) -> int:
-    """How many blocks of `block_s` make at least `seconds`, at least one."""
-    return max(1, math.ceil(seconds / block_s - 1e-9))
+def rounds_of(seconds: float, warmup_s: float, block_s: float, targets: int) -> tuple[int, int]:
+    """How many of a cell's first rounds are warm-up, and how many there are in all: as few as make at least `warmup_s`
+    and `seconds` per target, in whole quads where there are several targets. However long a block is, a quad (of one
+    target: a block) is left after the warm-up."""
+    unit = 2 if targets > 1 else 1
+
+    def whole(wanted_s: float) -> int:
+        return unit * math.ceil(wanted_s / (unit * block_s) - 1e-9)
+
+    warmup = whole(warmup_s)
+    return warmup, max(whole(seconds), warmup + unit)
 
 
-def warmup_blocks(warmup_s: float, block_s: float, blocks: int) -> int:
-    """How many of a target's first blocks in a cell are warm-up: whole blocks, and never all of them."""
-    return min(math.ceil(warmup_s / block_s - 1e-9), blocks - 1)
+def block_length(rate_rps: float, most_s: float = MOST_BLOCK_S) -> float:
+    """Seconds in which there are, at `rate_rps` > 0, the requests that a block's own p99 wants, and a reserve;
+    LEAST_BLOCK_S at least, `most_s` at most."""
+    wanted = RESERVE * _stats.MIN_MEDIAN[0.99] / rate_rps
+    return min(max(math.ceil(100 * wanted - 1e-9) / 100, LEAST_BLOCK_S), most_s)
+
+
+def longest(seconds: float, quick: bool) -> float:
+    """Of a block whose length is measured. `seconds` bound a cell of a quick run: they hold a quad of warm-up, and as
+    many more as an interval wants."""
+    return max(seconds / (2 + 2 * _stats.MIN_PAIRS), LEAST_BLOCK_S) if quick else MOST_BLOCK_S
+
+
+def length_of(load: Load, block_s: float) -> float:
+    """Seconds of a block under `load`: `block_s` where the plan gives one; 0 where it has to be measured first."""
+    return block_s or (OPEN_BLOCK_S if load.open else 0.0)

@@ -22,6 +22,7 @@ from loadtest._encoding import ENCODINGS
 PLANS = Path(__file__).resolve().parent.parent / "plans"
 MODELS = ("knn", "dnn", "null")  # where a plan names none
 EMULATED_TIMEOUT_S = 60.0
+EMULATED_BLOCK_S = 1.0  # at most half of its seconds: it has no ratio, for which a length would matter
 MOST = 10**6  # of anything that a plan counts: more is a slip of the keyboard, which would fill a disk
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,30}")
 
@@ -40,6 +41,10 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is run. `seconds` is per cell (target × model × load) and start, which goes on until it has `min_requests`;
     loads that are no closed loop have `open_connections` per target. Times in seconds, memory in MiB.
 
+    `quick`: blocks whose length is measured are so short that `seconds` hold three quads after one of warm-up.
+    `block_s` 0: a closed loop's blocks are as long as the slowest target that is not emulated takes for 500 requests,
+    from 0.2 to 5 s, the same for all targets in all starts; those of open arrivals last 5 s. `warmup_s` is made up to
+    whole quads, and where what is left of `seconds` is less than one, the cell is longer.
     `restarts`: so often is every target started, but for emulated ones; the repeats of a job are spread over them.
     `until_ci`: more starts, until the intervals of p50 in the primary cells are no wider than ± this share; 0: none.
 
@@ -62,7 +67,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     until_ci: float = 0.0
     models: tuple[str, ...] = MODELS
     loads: tuple[str, ...] = ("closed-1", "closed-16")
-    block_s: float = 1.0
+    block_s: float = 0.0
     seconds: float = 20.0
     min_requests: int = 0
     open_connections: int = 16
@@ -118,13 +123,18 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             told += [f"--work-us={self.work_us}", f"--work-iterations={self.work_iterations}"]
         return told
 
-    def for_engine(self, phase: str, emulated: bool, restart: int = 0) -> dict[str, Any]:
-        """The plan as one Locust process reads it: one phase of one start, its seconds and its time-out."""
+    def for_engine(
+        self, phase: str, emulated: bool, restart: int = 0, lengths: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
+        """The plan as one Locust process reads it: one phase of one start, its seconds and its time-out.
+
+        `lengths`: of blocks, in seconds, by MODEL:LOAD, as far as they are known."""
         values: dict[str, Any] = msgspec.to_builtins(self)
-        values |= {"phase": phase, "restart": restart}
+        values |= {"phase": phase, "restart": restart, "lengths": dict(lengths or {})}
         values["data"] = {} if self.own is None else {self.own: self.data}
         if emulated:
             values["seconds"] = self.emulated_seconds
+            values["block_s"] = min(self.block_s or EMULATED_BLOCK_S, self.emulated_seconds / 2)
             values["warmup_s"] = min(self.warmup_s, self.emulated_seconds / 4)
             values["request_timeout_s"] = max(self.request_timeout_s, EMULATED_TIMEOUT_S)
         return values
@@ -351,7 +361,7 @@ def _validate_values(plan: Plan) -> None:
             raise UsageError(f"{key} is {count}; wanted 1 to {MOST}")
     for key in ("block_s", "seconds", "emulated_seconds", "request_timeout_s"):
         value = getattr(plan, key)
-        if not 0.05 <= value <= 86400:
+        if not (key == "block_s" and value == 0) and not 0.05 <= value <= 86400:
             raise UsageError(f"{key} is {value:g}; wanted 0.05 to 86400 seconds")
     if not 0 <= plan.warmup_s < plan.seconds:
         raise UsageError(f"warmup_s is {plan.warmup_s:g}; wanted 0 or more, and less than seconds ({plan.seconds:g})")

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Record:
         self.partial = True
         self.incomplete = False
         self.restart = 0  # of what is noted from now on
+        self.lengths: dict[str, float] = {}  # of blocks, in seconds, by MODEL:LOAD: the first that were told
         self._plan = plan
         self._cores = tuple(cores)
         self._targets: list[dict[str, Any]] = []
@@ -59,9 +60,9 @@ class Record:
         _plan.save(plan, path / "plan.toml")
         self.save()
 
-    def go_on(self, targets: list[dict[str, Any]], starts: int) -> None:
-        """Keep what an interrupted run noted of its targets."""
-        self._targets = targets
+    def go_on(self, targets: list[dict[str, Any]], starts: int, lengths: dict[str, float]) -> None:
+        """Keep what an interrupted run noted of its targets and blocks."""
+        self._targets, self.lengths = targets, lengths
         self.caveats.append(f"resumed: the first {starts} starts were measured before, by another call")
         self.save()
 
@@ -120,6 +121,11 @@ class Record:
             "parity": {"differences": list(parity.differences)},
         }  # fmt: skip
 
+    def length(self, at: Mapping[str, Any]) -> None:
+        """Note how long a cell's blocks are, as the load tells with its progress; written with the next save."""
+        if at["block_s"]:
+            self.lengths.setdefault(f"{at['model']}:{at['load']}", at["block_s"])
+
     def has(self, name: str) -> bool:
         """Whether the target of that name has answered in this run."""
         return any(target["name"] == name for target in self._targets)
@@ -152,7 +158,10 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        values = {**self._manifest, "caveats": self.caveats, "errors": self.errors, "partial": self.partial}
+        values = {
+            **self._manifest, "block_s": self.lengths,
+            "caveats": self.caveats, "errors": self.errors, "partial": self.partial,
+        }  # fmt: skip
         _write(self.path / "targets.json", self._targets)
         _write(self.path / "manifest.json", values)
 

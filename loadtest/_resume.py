@@ -20,12 +20,14 @@ Keep = Callable[[str, int], bool]  # target, restart
 
 
 class Before(NamedTuple):
-    """What is kept: whole starts, 0 to `starts` - 1, of native targets, and emulated targets by name."""
+    """What is kept: whole starts, 0 to `starts` - 1, of native targets, emulated targets by name, and the lengths of
+    blocks by MODEL:LOAD."""
 
     plan: Plan
     targets: list[dict[str, Any]]
     starts: int
     emulated: frozenset[str]
+    lengths: dict[str, float]
 
     def has(self, name: str, emulated: bool, restart: int) -> bool:
         return name in self.emulated if emulated else restart < self.starts
@@ -47,7 +49,8 @@ def take_back(run: Path) -> Before:
     starts = max((len(target.starts) for target in native), default=0)
     # Emulated targets come last: where one was begun, all starts before it are whole.
     whole = starts if names else max(starts - 1, 0)
-    before = Before(folder.plan, [], whole, frozenset(names[:-1]))
+    lengths = folder.manifest.get("block_s", {}) if whole else {}
+    before = Before(folder.plan, [], whole, frozenset(names[:-1]), lengths)
     emulated = {target.name: target.emulated for target in folder.targets}
 
     def keep(name: str, restart: int) -> bool:

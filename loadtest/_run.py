@@ -24,7 +24,7 @@ from hostsetup.locks import run_lock
 from hostsetup.target import Context, Spec
 from images import own, shell, store
 from images.errors import IsolatencyError, NotComparableError
-from loadtest import _batch, _calibrate, _parity, _peak, _report, _resume
+from loadtest import _arrivals, _batch, _calibrate, _order, _parity, _peak, _report, _resume
 from loadtest._awake import CAVEAT, awake
 from loadtest._batch import Live
 from loadtest._drive import drive
@@ -88,17 +88,29 @@ def phases(plan: Plan, kvm_boots: bool) -> list[Phase]:
     return found + [Phase(spec.name, (spec,), True) for spec in emulated]
 
 
-def estimate_s(plan: Plan, phase: Phase) -> float:
-    """About how long a phase takes, in seconds: what the run says at its start, and a third of its bound."""
-    cells = len(plan.models) * len(plan.loads)
+def estimate_s(plan: Plan, phase: Phase, block_s: float = _order.LEAST_BLOCK_S) -> float:
+    """About how long a phase takes, in seconds, where blocks whose length is measured have `block_s`: what the run says
+    at its start, and what its bound is made of."""
     peak = PEAK_S * len(_peak.models(plan.primary, plan.models)) if plan.bound else 0.0
-    load = 0.0 if plan.only == "batch" else cells * (plan.emulated_seconds * 1.5 if phase.emulated else plan.seconds)
+    load = 0.0 if plan.only == "batch" else len(plan.models) * _cells_s(plan, phase, block_s)
     batch = 0.0
     if plan.only != "load":
         for job in plan.jobs:
             cost = 0.7 * job.rows / 569 if job.job == "knn" else 0.0008 * job.rows * job.epochs
             batch += SLOW_S[job.job] if phase.emulated else (cost + 0.5) * job.repeats / plan.restarts
     return sum(START_S[spec.kind] + load + peak + batch for spec in phase.specs)
+
+
+def _cells_s(plan: Plan, phase: Phase, block_s: float) -> float:
+    """Of one model, under all loads."""
+    if phase.emulated:
+        return len(plan.loads) * plan.emulated_seconds * 1.5
+    total = 0.0
+    for load in plan.loads:
+        length = _order.length_of(_arrivals.parse(load), plan.block_s)
+        rounds = _order.rounds_of(plan.seconds, plan.warmup_s, length or block_s, len(phase.specs))[1]
+        total += rounds * (length or block_s)
+    return total
 
 
 def about(seconds: float) -> str:
@@ -158,7 +170,7 @@ def run(
             return None, 0
         if before:
             record = Record(out, plan, command, cores, client, images, show.say)
-            record.go_on(before.targets, before.starts)
+            record.go_on(before.targets, before.starts, before.lengths)
         else:
             record = _begin(out, lambda path: Record(path, plan, command, cores, client, images, show.say))
         record.caveats += [shared] * bool(shared) + [CAVEAT] * plan.keep_awake
@@ -305,10 +317,16 @@ def _measure(
         return
     if plan.only != "batch":
         show.step(f"load on {', '.join(one.endpoint.label for one in live)}")
-        bound_s = 120 + 5 * estimate_s(plan, phase)
+        bound_s = 120 + 5 * estimate_s(plan, phase, _order.longest(plan.seconds, plan.quick))
+
+        def told(at: dict[str, Any]) -> None:
+            if not phase.emulated:
+                record.length(at)
+            show.progress(at["done_s"], at["total_s"])
+
         failed = drive(
             plan, phase.name, live, folder=record.path, ledger=context.ledger, cores=record.client_cores,
-            bound_s=bound_s, progress=lambda at: show.progress(at["done_s"], at["total_s"]), restart=phase.restart,
+            bound_s=bound_s, progress=told, restart=phase.restart, lengths=record.lengths,
         )  # fmt: skip
         if failed:
             record.error(IsolatencyError(f"{phase.name}: {failed}"), partial=False)

@@ -1,13 +1,13 @@
 """Run mode: one Locust process takes every cell (model × load) in blocks that go round the targets of a phase.
 
 Reads PLAN.json and ENDPOINTS.json, writes samples-PHASE.parquet and blocks-PHASE.csv, and prints one line of JSON per
-finished block: {"done_s", "total_s", "model", "load", "target"}.
+finished block: {"done_s", "total_s", "model", "load", "target", "block_s"}; block_s is 0 where it is being measured.
 """
 
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,7 +45,9 @@ class Target(msgspec.Struct, frozen=True):
 
 class Plan(msgspec.Struct, frozen=True):
     """The part of PLAN.json that the load needs. Each target has `seconds` in each cell, and goes on there until it has
-    `min_requests`. Loads that are no closed loop have `open_connections` per target."""
+    `min_requests`. Loads that are no closed loop have `open_connections` per target.
+
+    `block_s` 0: as long as a load wants. A closed loop's is measured where `lengths`, by MODEL:LOAD, has none."""
 
     phase: str
     seed: int
@@ -58,6 +60,8 @@ class Plan(msgspec.Struct, frozen=True):
     warmup_s: float
     request_timeout_s: float
     restart: int = 0
+    quick: bool = False
+    lengths: dict[str, float] = {}
     data: dict[str, str] = {}  # where the rows of a model do not come with isolatency
     open_connections: int = 16
     min_requests: int = 0
@@ -72,13 +76,15 @@ class _Targets(msgspec.Struct, frozen=True):
 
 
 class _Turn(NamedTuple):
-    """One block to run. `block` counts over the phase, `round` within the cell."""
+    """One block to run. `block` counts over the phase, `round` within the cell, from -2 where its blocks' length is
+    being measured. Of the load offline `seconds` says nothing: such a block lasts until its last answer."""
 
     target: Target
     model: str
     load: Load
     round: int
     block: int
+    seconds: float
     warmup: bool
 
 
@@ -118,9 +124,10 @@ class Session:
         self.users = max(self._connections_of(load) for load in self._loads)
         if plan.bound:
             self.users = max(self.users, plan.open_connections)
-        self._targets = targets
+        self._by_name = {target.name: target for target in targets}
         self._stats = stats
         self._silent_since_ns: dict[str, int] = {}
+        self._rate_rps = 0.0  # requests per second of the last block, with its drain
         addresses = {target.name: resolve(target.url) for target in targets}
         self._work: dict[tuple[str, str, bool], Work] = {}
         for model in dict.fromkeys(plan.models):
@@ -163,52 +170,65 @@ class Session:
             self._samples.close(partial=not self.done)
 
     def _turns(self) -> Iterator[_Turn]:
-        """Every block, in its order; how many there are depends on what came of those before."""
-        plan = self.plan
-        by_name = {target.name: target for target in self._targets}
-        count = _order.blocks_per_target(plan.seconds, plan.block_s)
-        warmup = _order.warmup_blocks(plan.warmup_s, plan.block_s, count)
-        rounds = len(_order.rounds(list(by_name), count, [plan.seed, 0]))
+        """Every block, in its order; how long they are, and how many, depends on what came of those before."""
+        plan, names = self.plan, list(self._by_name)
         cells = [(model, load) for model in plan.models for load in self._loads]
-        self._total = len(cells) * rounds * len(by_name)
+        self._done_s, self._total_s = 0.0, len(cells) * len(names) * plan.seconds
         for cell, (model, load) in enumerate(cells):
+            seed = [plan.seed, cell]
+            block_s = _order.length_of(load, plan.block_s) or plan.lengths.get(f"{model}:{load.name}")
+            if not block_s:
+                block_s = yield from self._calibration(model, load, _order.rounds(names, 2, seed))
+            warmup, rounds = _order.rounds_of(plan.seconds, plan.warmup_s, block_s, len(names))
+            self._total_s += len(names) * (rounds * block_s - plan.seconds)
             self._counted: Counter[str] = Counter()
-            for number, names in enumerate(_order.rounds(list(by_name), count * EXTENSION, [plan.seed, cell])):
-                whole = number % 2 == 0 or len(by_name) == 1  # an order and its mirror
+            for number, order in enumerate(_order.rounds(names, rounds * EXTENSION, seed)):
+                whole = number % 2 == 0 or len(names) == 1  # an order and its mirror
                 if number >= rounds and whole and self._enough():
                     break
-                self._total += len(by_name) * (number >= rounds)
-                for name in names:
-                    yield self._turn(by_name[name], model, load, number, number < warmup)
+                self._total_s += len(names) * block_s * (number >= rounds)
+                for name in order:
+                    yield self._turn(name, model, load, number, block_s, number < warmup)
 
-    def _turn(self, target: Target, model: str, load: Load, number: int, warmup: bool = False) -> _Turn:
+    def _calibration(self, model: str, load: Load, rounds: list[tuple[str, ...]]) -> Generator[_Turn, None, float]:
+        """Two short rounds, which are in no figure, and what they say of how long the cell's blocks have to be: what
+        the slowest target wants, at the better of its two, since its very first requests are slow."""
+        rates: dict[str, float] = {}
+        for number, order in enumerate(rounds, -len(rounds)):
+            for name in order:
+                self._total_s += _order.LEAST_BLOCK_S
+                yield self._turn(name, model, load, number, _order.LEAST_BLOCK_S, True)
+                rates[name] = max(rates.get(name, 0.0), self._rate_rps)
+        return _order.block_length(min(rates.values()), _order.longest(self.plan.seconds, self.plan.quick))
+
+    def _turn(self, name: str, model: str, load: Load, number: int, seconds: float, warmup: bool = False) -> _Turn:
         self._block += 1
-        return _Turn(target, model, load, number, self._block - 1, warmup)
+        return _Turn(self._by_name[name], model, load, number, self._block - 1, seconds, warmup)
 
     def _find_peaks(self, engine: Engine) -> None:
         """One target after the other: the highest Poisson rate that holds the bound, written into peak.csv."""
         plan = self.plan
         bound = _peak.parse(plan.bound)
         for model in _peak.models(plan.primary, plan.models):
-            for target in self._targets:
+            for name in self._by_name:
                 search, number = _peak.Search(bound), 0
                 while search.trial is not None:
                     rate, seconds, _ = search.trial
                     load = Load(f"peak-{rate:g}", "poisson", rate=rate)
-                    latency_ns, limited = self._run_block(engine, self._turn(target, model, load, number), seconds)
+                    turn = self._turn(name, model, load, number, seconds)
+                    latency_ns, limited = self._run_block(engine, turn, trial=True)
                     if engine.cut:
                         return
                     search.add(_peak.holds(bound, latency_ns), limited)
                     number += 1
-                row = (plan.restart, target.name, model, plan.bound, *search.found())
+                row = (plan.restart, name, model, plan.bound, *search.found())
                 _samples.add_peak(self._out / "peak.csv", row)
 
     def _enough(self) -> bool:
-        return all(self._counted[target.name] >= self.plan.min_requests for target in self._targets)
+        return all(self._counted[name] >= self.plan.min_requests for name in self._by_name)
 
-    def _run_block(self, engine: Engine, turn: _Turn, seconds: float = 0.0) -> tuple[Floats, bool]:
-        """The plan's block, or a trial of `seconds`: of a trial the latencies in ns, those of failed requests +inf, and
-        whether the client could not keep up."""
+    def _run_block(self, engine: Engine, turn: _Turn, *, trial: bool = False) -> tuple[Floats, bool]:
+        """Of a trial: the latencies in ns, those of failed requests +inf, and whether the client could not keep up."""
         load = turn.load
         work = self._work[turn.target.name, turn.model, load.scenario == "offline"]
         active = self._connections[turn.target.name][: self._connections_of(load)]
@@ -220,8 +240,8 @@ class Session:
             turn.target.name, turn.model, load.name, self.plan.restart, turn.round, turn.block, 0, turn.warmup
         )
         outcomes: Counter[int] = Counter()
-        self._latency_ns: list[Floats] | None = [] if seconds else None  # all of a plan's block need not be held
-        seconds = seconds or self._seconds(load)
+        self._latency_ns: list[Floats] | None = [] if trial else None  # all of a plan's block need not be held
+        seconds = 0.0 if load.scenario == "offline" else turn.seconds
         spill = gevent.spawn(self._spill, engine, turn, where, outcomes)
         host_before, cpu_ns, wall_ns = _cpu.read(turn.target.pids), time.process_time_ns(), time.monotonic_ns()
         try:
@@ -236,6 +256,7 @@ class Session:
         self._absorb(engine.take(), turn, where, outcomes)
         if not outcomes and engine.cut:
             return np.empty(0), False
+        self._rate_rps = outcomes.total() * 1e9 / (block.drained_ns - block.start_ns)
         client_us = round(cpu_ns / 1000)
         self._samples.flush()  # what blocks-PHASE.csv names has all its requests, whenever this is killed
         self._blocks.add(where, block.start_ns, block.end_ns, block.drained_ns, host_us, client_us, effort)
@@ -244,9 +265,6 @@ class Session:
         if not engine.cut:
             self._check_alive(turn.target, block, set(outcomes))
         return np.concatenate(self._latency_ns) if self._latency_ns else np.empty(0), bool(effort.limited)
-
-    def _seconds(self, load: Load) -> float:
-        return 0.0 if load.scenario == "offline" else self.plan.block_s
 
     def _schedule(self, turn: _Turn, work: Work, seconds: float) -> Callable[[int], Schedule]:
         """The arrivals of a block: the same in each round for every target."""
@@ -296,10 +314,11 @@ class Session:
             )
 
     def _progress(self, turn: _Turn) -> None:
-        block_s = self.plan.block_s
+        self._done_s += turn.seconds
         line = {
-            "done_s": round((turn.block + 1) * block_s, 3), "total_s": round(self._total * block_s, 3),
+            "done_s": round(self._done_s, 3), "total_s": round(self._total_s, 3),
             "model": turn.model, "load": turn.load.name, "target": turn.target.name,
+            "block_s": turn.seconds if turn.round >= 0 else 0.0,
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 

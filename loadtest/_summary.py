@@ -11,7 +11,7 @@ from images.errors import UsageError
 from loadtest import _cells, _folder, _jobs, _price, _stages, _starts, _stats, _verdict, _words
 from loadtest._cells import Logs
 from loadtest._folder import Folder, Target
-from loadtest._schema import REFERENCE, SCHEMA, Direct, DirectCell, DirectJob, Peak, Span, StartCost, Summary
+from loadtest._schema import REFERENCE, SCHEMA, Cell, Direct, DirectCell, DirectJob, Peak, Span, StartCost, Summary
 from loadtest._verdict import Margins
 
 PRIMARY = ("knn", "closed-1")
@@ -34,6 +34,7 @@ def summarise(run: Path, baseline: str | None = None, margin: str | None = None)
     batch, differences = _jobs.batch(folder, base)
     stages, unsound = _stages.stages(folder)
     run_caveats = [*folder.manifest.get("caveats", []), *notes, *folder.gaps, *differences, *_stolen(folder.manifest)]
+    run_caveats += _lengths(folder, cells)
     if cells:
         dropped = sum(cell.warmup_requests for cell in cells)
         total = dropped + sum(cell.requests for cell in cells)
@@ -71,6 +72,22 @@ def _baseline(folder: Folder, wanted: str | None) -> tuple[str | None, list[str]
     if wanted is None and base is not None and planned != base:
         return base, [f"ratios are over {base}: {planned}, the plan's first target, is emulated or was not measured"]
     return base, []
+
+
+def _lengths(folder: Folder, cells: list[Cell]) -> list[str]:
+    """How long blocks were; and where they are too short for a p99 of their own."""
+    by_length: dict[float, list[str]] = {}
+    for name, seconds in folder.manifest.get("block_s", {}).items():
+        by_length.setdefault(seconds, []).append(name.replace(":", " "))
+    if not by_length:
+        return []
+    found = ["blocks: " + "; ".join(f"{seconds:g} s ({', '.join(names)})" for seconds, names in by_length.items())]
+    wanted = _stats.MIN_MEDIAN[0.99]
+    small = {f"{one.model} {one.load}" for one in cells if not one.emulated and one.requests < wanted * one.blocks}
+    few = ", ".join(name for names in by_length.values() for name in names if name in small)
+    if few:
+        found.append(f"{few}: blocks do not hold {wanted} requests of each target: p99 is described, not judged")
+    return found
 
 
 def _stolen(manifest: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 
 from loadtest._arrivals import parse, pieces
+from loadtest._order import block_length
 from loadtest._samples import is_partial
 from loadtest._timing import STAGES
 from tests.e2e import raw
@@ -571,7 +572,7 @@ def test_a_phase_of_two_targets(tmp_path: Path) -> None:
     for _, cell in blocks.groupby(["model", "load"]):
         assert "".join(cell.target) == "abbabaab"
         assert cell["round"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-        assert cell.warmup.tolist() == [True] * 2 + [False] * 6
+        assert cell.warmup.tolist() == [True] * 4 + [False] * 4  # 0.2 s, made up to a quad
     assert (blocks.start_ns.to_numpy()[1:] >= blocks.drained_ns.to_numpy()[:-1]).all()  # one target at a time
     assert (blocks.end_ns - blocks.start_ns >= 0.2e9).all() and (blocks.drained_ns >= blocks.end_ns).all()
     assert (blocks.host_cpu_us > 0).all() and (blocks.client_cpu_us > 0).all()
@@ -588,6 +589,38 @@ def test_a_phase_of_two_targets(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["target"] for line in lines] == blocks.target.tolist()
     assert lines[-1]["done_s"] == lines[-1]["total_s"] == pytest.approx(len(blocks) * 0.2)
+
+
+def test_blocks_are_as_long_as_the_slowest_target_takes_for_its_requests(tmp_path: Path, data: Path) -> None:
+    def two_ms(connection: socket.socket, body: bytes, n: int) -> None:
+        time.sleep(0.002)
+        raw.well(connection, body, n)
+
+    servers = {"a": Raw(), "b": Raw(two_ms)}
+    words = write_plan(
+        tmp_path, {name: (server.url, []) for name, server in servers.items()},
+        models=["knn"], loads=["closed-1", "closed-4"], quick=False, block_s=0, seconds=1.0, lengths={"knn:closed-4": 0.3},
+    )  # fmt: skip
+    done = locust(tmp_path, *words, "--data", data)
+    assert done.returncode == 0, done.stderr
+    samples, blocks = measured(tmp_path / "out")
+    blocks["requests"] = samples.groupby("block").size().reindex(blocks.block).to_numpy()
+    first = blocks[blocks["round"] < 0]
+    assert first[["load", "target", "round", "warmup"]].to_numpy().tolist() == [
+        ["closed-1", "a", -2, True], ["closed-1", "b", -2, True], ["closed-1", "b", -1, True], ["closed-1", "a", -1, True],
+    ]  # fmt: skip
+    rates = (first.requests * 1e9 / (first.drained_ns - first.start_ns)).groupby(first.target).max()
+    length = block_length(rates.min())
+    assert 1.25 < length <= 5  # 500 requests of more than 2 ms, and a quarter more
+    told = {line["load"]: line["block_s"] for line in map(json.loads, done.stdout.splitlines())}
+    assert told == {"closed-1": length, "closed-4": 0.3}
+    for load, cell in blocks[blocks["round"] >= 0].groupby("load"):
+        assert ((cell.end_ns - cell.start_ns) / 1e9 >= told[str(load)]).all()
+        assert "".join(cell.target) == "abbabaab"
+        assert cell.warmup.tolist() == [True] * 4 + [False] * 4
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["block_s"] for line in lines[:4]] == [0.0] * 4
+    assert lines[-1]["done_s"] == lines[-1]["total_s"] == pytest.approx(4 * 0.2 + 8 * length + 8 * 0.3)
 
 
 def test_open_loads_have_the_same_arrivals_and_queries_for_every_target(tmp_path: Path, data: Path) -> None:

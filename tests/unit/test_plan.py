@@ -130,6 +130,7 @@ def test_a_plan_written_is_read_back_the_same(tmp_path: Path) -> None:
         (plan("process", work_us=0.0), "work_us above 0"),
         (plan("process", seconds=-1.0), "seconds"),
         (plan("process", seconds=1.0, warmup_s=1.0), "warmup_s"),
+        (plan("process", block_s=0.01), "block_s is 0.01; wanted 0.05"),
         (plan("process", schema=2), "schema"),
         (plan("process", jobs=(_plan.Job("knn", 0, 10),)), "knn.repeats is 0"),
         (plan("process", jobs=(_plan.Job("knn", 1, 10**12),)), "knn.rows is 1000000000000; wanted 1 to 1000000"),
@@ -192,6 +193,10 @@ def test_an_emulated_phase_has_its_own_seconds_and_patience() -> None:
     native, emulated = made.for_engine("native", False), made.for_engine("qemu", True)
     assert (native["seconds"], native["warmup_s"], native["request_timeout_s"]) == (20.0, 2.0, 10.0)
     assert (emulated["seconds"], emulated["warmup_s"], emulated["request_timeout_s"]) == (4.0, 1.0, 60.0)
+    assert (native["block_s"], emulated["block_s"], native["lengths"]) == (0.0, 1.0, {})
+    assert plan("qemu", emulated_seconds=1.0).for_engine("qemu", True)["block_s"] == 0.5
+    assert plan("qemu", block_s=0.3).for_engine("qemu", True)["block_s"] == 0.3
+    assert made.for_engine("native", False, lengths={"knn:closed-1": 0.25})["lengths"] == {"knn:closed-1": 0.25}
 
 
 def test_what_the_servers_are_told() -> None:

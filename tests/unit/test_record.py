@@ -322,3 +322,14 @@ def test_every_start_is_noted_and_the_plans_order_stays(tmp_path: Path) -> None:
     assert (a["name"], b["name"]) == ("a", "b") and record.has("a") and not record.has("c")
     assert [start["restart"] for start in a["starts"]] == [0, 1] and a["caveats"] == ["memory unlimited"]
     assert a["ready_s"] == a["starts"][0]["ready_s"]
+
+
+def test_the_first_length_of_a_cells_blocks_is_kept_and_told(tmp_path: Path) -> None:
+    record = recorder(tmp_path)
+    for load, seconds in (("closed-1", 0.0), ("closed-1", 0.25), ("closed-4", 5.0), ("closed-1", 0.5)):
+        record.length({"model": "knn", "load": load, "block_s": seconds})
+    note(record, live("a"))
+    phase(tmp_path, "native", "a")
+    record.close()
+    assert manifest(tmp_path)["block_s"] == {"knn:closed-1": 0.25, "knn:closed-4": 5.0}
+    assert "blocks: 0.25 s (knn closed-1); 5 s (knn closed-4)" in summarise(tmp_path).run_caveats

@@ -41,7 +41,11 @@ def interrupted(run: Path, *, emulated: int = 0, restarts: int = 3) -> Path:
 
 
 def test_whole_starts_are_kept_and_the_interrupted_one_is_not(tmp_path: Path) -> None:
-    before = _resume.take_back(interrupted(tmp_path))
+    interrupted(tmp_path)
+    facts = json.loads((tmp_path / "manifest.json").read_text()) | {"block_s": {"knn:closed-1": 0.25}}
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    before = _resume.take_back(tmp_path)
+    assert before.lengths == {"knn:closed-1": 0.25}
     assert (before.starts, before.emulated, before.plan.restarts) == (2, frozenset(), 5)
     samples = pd.read_parquet(tmp_path / "samples-_before.parquet")
     assert sorted(samples["restart"].unique()) == [0, 1] and not (tmp_path / "samples.parquet").exists()
@@ -111,3 +115,11 @@ def test_samples_of_another_version_are_refused_and_left_alone(tmp_path: Path) -
     with pytest.raises(UsageError, match="of another version"):
         _resume.take_back(tmp_path)
     assert len(pd.read_parquet(tmp_path / "samples.parquet")) == len(samples)
+
+
+def test_a_run_that_is_done_anew_measures_anew_how_long_its_blocks_are(tmp_path: Path) -> None:
+    interrupted(tmp_path, restarts=1)
+    facts = json.loads((tmp_path / "manifest.json").read_text()) | {"block_s": {"knn:closed-1": 0.25}}
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    before = _resume.take_back(tmp_path)
+    assert (before.starts, before.lengths) == (0, {})

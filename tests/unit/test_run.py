@@ -77,3 +77,16 @@ def test_the_width_is_that_of_the_primary_cells(tmp_path: Path) -> None:
     assert _run._width(tmp_path) == pytest.approx((ratio.p50.high / ratio.p50.low) ** 0.5 - 1)
     make(tmp_path / "one", [target("a"), target("b")], rounds=2)
     assert _run._width(tmp_path / "one") == 0.0
+
+
+def test_the_estimate_counts_whole_quads_and_the_long_blocks_of_open_arrivals() -> None:
+    def load_s(longest_s: float = 0.2, **settings: object) -> float:
+        wanted = plan("url:http://127.0.0.1:1", "b=url:http://127.0.0.1:2", only="load", models=("null",), **settings)
+        (phase,) = _run.phases(wanted, kvm_boots=False)
+        return (_run.estimate_s(wanted, phase, longest_s) - 2 * _run.START_S["url"]) / 2
+
+    times = {"seconds": 4.0, "warmup_s": 0.8}
+    assert load_s(loads=("closed-1", "closed-4"), **times) == pytest.approx(8)
+    assert load_s(5.0, loads=("closed-1",), **times) == pytest.approx(20)
+    assert load_s(5.0, loads=("closed-1",), block_s=1.0, **times) == pytest.approx(4)
+    assert load_s(loads=("poisson-100",), **times) == pytest.approx(20)

@@ -491,3 +491,14 @@ def test_peaks_over_starts_by_one_search_and_with_an_open_end(tmp_path: Path) ->
     assert b.rate_rps is not None and (b.rate_rps.low, b.rate_rps.high) == (500.0, 520.0)
     assert c.rate_rps is not None and c.rate_rps.high is None and c.reason == "client-limited at 400/s"
     assert "client-limited at 400/s" in markdown(summarise(tmp_path))
+
+
+@pytest.mark.parametrize(("per_block", "length", "judged"), [(499, 5.0, False), (500, 5.0, True), (499, 0.35, False)])
+def test_blocks_that_are_too_short_for_a_p99_are_named(
+    tmp_path: Path, per_block: int, length: float, judged: bool
+) -> None:
+    make(tmp_path, [target("a"), target("b")], per_block=per_block, block_s={"knn:closed-1": length})
+    told = "knn closed-1: blocks do not hold 500 requests of each target: p99 is described, not judged"
+    assert (told in summarise(tmp_path).run_caveats) != judged
+    make(tmp_path / "emulated", [target("a"), target("q", kind="qemu", accel="tcg")], per_block=600, failures={})
+    assert not any(text.startswith("blocks: ") for text in summarise(tmp_path / "emulated").run_caveats)
