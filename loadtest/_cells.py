@@ -49,6 +49,7 @@ def cells(folder: Folder, base: str | None, logs: Logs, primary: list[tuple[str,
             began_ns,
             busy.get(key, 0.0),
             folder.plan.min_requests,
+            folder.unsettled.get(key),
         )
         for model, load in keys
         for target in folder.targets
@@ -120,13 +121,13 @@ def _lateness(of_cell: pd.DataFrame) -> Lateness | None:
 
 def _cell(
     target: Target, key: Key, found: Requests, blocks: pd.DataFrame, logs: pd.DataFrame, ratio: Ratios | None,
-    began_ns: int, busy: float, wanted: int,
+    began_ns: int, busy: float, wanted: int, unsettled: str | None,
 ) -> Cell:  # fmt: skip
     us = found.rows["us"].to_numpy()
     good = us[np.isfinite(us)]
     seconds = float((blocks["end_ns"] - blocks["start_ns"]).sum()) / 1e9
     failures = sum(found.failed.values())
-    caveats = []
+    caveats = [unsettled] if unsettled else []
     if failures:
         kinds = ", ".join(f"{kind} {n}" for kind, n in found.failed.items())
         caveats.append(

@@ -90,6 +90,21 @@ class Folder:
     batch: pd.DataFrame = field(default_factory=pd.DataFrame)
     peaks: pd.DataFrame = field(default_factory=pd.DataFrame)
     gaps: list[str] = field(default_factory=list)
+    settled: dict[Key, int] = field(default_factory=dict)  # the round from which on a cell counts, where a rule says so
+    unsettled: dict[Key, str] = field(default_factory=dict)  # why a cell has no steady state
+
+    def leave_out(self, key: Key, before: int) -> None:
+        """Make warm-up of what a cell did in the rounds before that one, in every start."""
+        target, model, load = key
+        blocks = self.blocks
+        here = (blocks["target"] == target) & (blocks["model"] == model) & (blocks["load"] == load)
+        blocks.loc[here & (blocks["round"] < before), "warmup"] = True
+        found = self.requests[key]
+        kept = blocks.loc[here & ~blocks["warmup"], ["restart", "block"]]
+        kept = kept.astype({"restart": np.int16, "block": np.int32})
+        rows = found.rows.merge(kept, on=["restart", "block"])
+        self.requests[key] = found._replace(rows=rows, warmup=found.warmup + len(found.rows) - len(rows))
+        self.settled[key] = before
 
 
 def read(run: Path) -> Folder:

@@ -219,6 +219,16 @@ class Peak(msgspec.Struct, frozen=True):
     reason: str | None
 
 
+class WarmUp(msgspec.Struct, frozen=True):
+    """What of a model and load comes before its targets have settled: `left_out` of `quads`, beyond the plan's warm-up,
+    in every start of every target that is not emulated."""
+
+    model: str
+    load: str
+    quads: int
+    left_out: int
+
+
 class Direct(msgspec.Struct, frozen=True):
     """firecracker over docker, the 2023 report's question, where both ran unemulated."""
 
@@ -247,6 +257,7 @@ class Summary(msgspec.Struct, frozen=True):
     allow_difference: bool
     targets: list[Target]
     cells: list[Cell]
+    warmups: list[WarmUp]
     batch: list[Batch]
     starts: list[StartCost]
     stages: list[Stages]

@@ -93,11 +93,14 @@ def _means(folder: Folder, cuts: Cut) -> tuple[Means, dict[Key, tuple[int, int]]
 
 def _groups(folder: Folder) -> Iterator[tuple[Key, int, pd.DataFrame]]:
     """The answered requests that are not warm-up, piece by piece, as parts in µs; NaN where a part is not known."""
-    wanted = ["restart", "target", "model", "load", "outcome", "warmup", *COLUMNS, *SERVER]
+    wanted = ["restart", "target", "model", "load", "round", "outcome", "warmup", *COLUMNS, *SERVER]
     for frame in _folder.samples(folder, wanted):
         good = frame[(frame["outcome"] == "ok") & ~frame["warmup"]]
         for (target, model, load, restart), part in good.groupby(["target", "model", "load", "restart"], observed=True):
-            yield (str(target), str(model), str(load)), int(str(restart)), _parts(part)
+            key = (str(target), str(model), str(load))
+            if before := folder.settled.get(key):
+                part = part[part["round"] >= before]
+            yield key, int(str(restart)), _parts(part)
 
 
 def _parts(part: pd.DataFrame) -> pd.DataFrame:

@@ -150,6 +150,11 @@ def unsteady(ours: pd.DataFrame, base: pd.DataFrame, name: str, margin: float) -
     return f"no steady state: within a start it goes by {change}; warm up for longer"
 
 
+def by_quad(logs: pd.DataFrame) -> pd.DataFrame:
+    """The log p50 of each start (rows) in each whole quad (columns) that every start went through."""
+    return _quads(logs)["p50"].unstack("quad").dropna(axis="columns")
+
+
 def _quads(logs: pd.DataFrame) -> pd.DataFrame:
     """Per (restart, quad), of quads with both their rounds: means of the logs, sums of the rest. NaN and inf stay."""
     quad = pd.Index(logs.index.get_level_values("round") // 2, name="quad")

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from images.errors import UsageError
-from loadtest import _cells, _folder, _jobs, _price, _stages, _starts, _stats, _verdict, _words
+from loadtest import _cells, _folder, _jobs, _price, _stages, _starts, _stats, _verdict, _warmup, _words
 from loadtest._cells import Logs
 from loadtest._folder import Folder, Target
 from loadtest._schema import REFERENCE, SCHEMA, Cell, Direct, DirectCell, DirectJob, Peak, Span, StartCost, Summary
@@ -27,7 +27,7 @@ def summarise(run: Path, baseline: str | None = None, margin: str | None = None)
     base, notes = _baseline(folder, baseline)
     margins = _verdict.margins(margin or folder.plan.margin)
     primary = _primary(folder)
-    logs = _cells.logs(folder)
+    logs, warmups = _warmup.settle(folder, _cells.logs(folder), margins.p50)
     restarts = _restarts(folder)
     targets = [msgspec.structs.replace(target, caveats=_of_target(target, restarts)) for target in folder.targets]
     cells = _cells.cells(folder, base, logs, primary, margins)
@@ -39,6 +39,11 @@ def summarise(run: Path, baseline: str | None = None, margin: str | None = None)
         dropped = sum(cell.warmup_requests for cell in cells)
         total = dropped + sum(cell.requests for cell in cells)
         run_caveats.append(f"warm-up: the first blocks of each cell, {dropped} of {total} requests, are in no figure")
+        run_caveats += [
+            f"warm-up: in {one.model} {one.load} {one.left_out} of {one.quads} more quads, up to a change point"
+            for one in warmups
+            if one.left_out
+        ]
     parts = [run_caveats, unsound, *(target.caveats for target in targets)]
     parts += [cell.caveats for cell in cells] + [row.caveats for row in batch]
     manifest = folder.manifest
@@ -49,7 +54,7 @@ def summarise(run: Path, baseline: str | None = None, margin: str | None = None)
         restarts=restarts, primary=[":".join(cell) for cell in primary], margins=margins._asdict(),
         answer=_words.answer(targets, cells, direct, base, primary),
         partial=bool(manifest.get("partial", True)) or bool(folder.gaps), baseline=base,
-        allow_difference=folder.plan.allow_difference, targets=targets, cells=cells, batch=batch,
+        allow_difference=folder.plan.allow_difference, targets=targets, cells=cells, warmups=warmups, batch=batch,
         starts=_start_costs(targets, base),
         stages=stages, stage_caveats=unsound,
         prices=_price.prices(folder, base, logs, stages), peaks=_peaks(folder), direct=direct,

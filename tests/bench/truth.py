@@ -27,7 +27,7 @@ import pandas as pd
 import tomli_w
 from scipy import stats
 
-from loadtest import _cells, _folder, _starts, _stats
+from loadtest import _cells, _folder, _starts, _stats, _verdict, _warmup
 from loadtest._summary import summarise
 from tests.bench.tables import show
 
@@ -215,7 +215,8 @@ def pairs(out: Path, *names: str) -> Pairs:
     added: list[float] = []
     bases: list[float] = []
     for run in (run for name in names for run in _runs(out / name)):
-        cells = _cells.logs(_folder.read(run))
+        folder = _folder.read(run)
+        cells, _ = _warmup.settle(folder, _cells.logs(folder), _verdict.Margins().p50)
         a, b = (next(log for key, log in cells.items() if key[0] == target) for target in "ab")
         for quantile, found in logs.items():
             found += _starts.differences(b, a, quantile).tolist()

@@ -113,3 +113,36 @@ def test_fiellers_interval_of_an_exact_multiple_is_a_point() -> None:
 
 def test_a_base_that_scatters_around_nothing_gives_no_interval() -> None:
     assert _stats.ratio_of_means(np.array([1.0, 2.0, 3.0]), np.array([1.0, 0.01, -0.9])) is None
+
+
+def test_a_change_point_is_where_the_level_changes_in_all_rows() -> None:
+    steps = np.array([5.0, 5.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    chance = np.random.default_rng(8)
+    rows = steps + chance.normal(0, 0.1, (3, 7)) + np.array([[0.0], [100.0], [-7.0]])  # rows have levels of their own
+    assert _stats.change_point(rows) == 2 and _stats.change_point(rows[:, ::-1]) == 5
+    assert _stats.change_point(rows[:, 2:]) == 0
+    assert _stats.change_point(steps[None]) == 2  # without any noise
+    mirrored = np.concatenate([rows, -rows])  # up in some, down in others: no step that all have
+    assert _stats.change_point(mirrored) == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 0), (1, 1), (1, 2), (5, 1)])
+def test_too_few_values_have_no_change_point_and_constant_ones_neither(shape: tuple[int, int]) -> None:
+    assert _stats.change_point(np.random.default_rng(9).random(shape)) == 0
+    assert _stats.change_point(np.full((3, 10), 0.1)) == 0 == _stats.change_point(0.1 + np.eye(10)[:2] * 1e-12)
+
+
+def test_the_step_is_tested_by_scipys_t() -> None:
+    values = np.array([3.1, 2.9, 3.3, 1.0, 1.4, 1.1, 0.9])
+    t = stats.ttest_ind(values[:3], values[3:])
+    bound = t.pvalue * 6
+    assert (
+        _stats.change_point(values[None], bound * 1.001) == 3 and _stats.change_point(values[None], bound * 0.999) == 0
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (1, 20), (10, 5)])
+def test_where_nothing_changes_a_change_point_is_found_no_more_often_than_it_says(shape: tuple[int, int]) -> None:
+    chance = np.random.default_rng(10)
+    found = np.mean([_stats.change_point(chance.normal(size=shape), 0.05) > 0 for _ in range(4000)])
+    assert 0.02 < found < 0.06
