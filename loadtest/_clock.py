@@ -19,7 +19,7 @@ from images.errors import IsolatencyError
 SO_TIMESTAMPNS = 35  # Python's socket module has no name for it
 STAMP_SPACE = socket.CMSG_SPACE(16)
 NO_STAMP = bytes(16)
-_STEP_NS = 5_000  # more than the noise of reading two clocks
+_STEP_NS = 5_000  # a step is more than this, and more than what reading two clocks leaves open
 _ABSOLUTE = 1
 _NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -54,7 +54,8 @@ class Stamps:
     """Turns the kernel's stamps into monotonic ns. `steps`: how often the wall clock was set meanwhile."""
 
     def __init__(self) -> None:
-        self._offsets = [_offset()]  # CLOCK_REALTIME - CLOCK_MONOTONIC, oldest first
+        offset_ns, self._error_ns = _offset()
+        self._offsets = [offset_ns]  # CLOCK_REALTIME - CLOCK_MONOTONIC, oldest first
         self.steps = 0
         # The kernel begins to stamp a moment after the first socket asked for it: this one asks early.
         self._asking = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -63,10 +64,10 @@ class Stamps:
     def look(self) -> None:
         """Compare the clocks again."""
         if abs(time.time_ns() - time.monotonic_ns() - self._offsets[-1]) > _STEP_NS:
-            new = _offset()
-            if abs(new - self._offsets[-1]) > _STEP_NS:
+            new, error_ns = _offset()
+            if abs(new - self._offsets[-1]) > _STEP_NS + error_ns + self._error_ns:
                 self.steps += 1
-                self._offsets = [*self._offsets[-8:], new]
+                self._offsets, self._error_ns = [*self._offsets[-8:], new], error_ns
 
     def monotonic(
         self, stamps: Sequence[bytes], sent_ns: NDArray[np.int64], received_ns: NDArray[np.int64]
@@ -89,8 +90,8 @@ class Stamps:
         self._asking.close()
 
 
-def _offset() -> int:
-    """The reading of three in a row that took the shortest, of twenty."""
+def _offset() -> tuple[int, int]:
+    """The reading of three in a row that took the shortest, of twenty; and by how much it may be off."""
     best, found = 1 << 62, 0
     for _ in range(20):
         before = time.monotonic_ns()
@@ -98,7 +99,7 @@ def _offset() -> int:
         after = time.monotonic_ns()
         if after - before < best:
             best, found = after - before, real - (before + after) // 2
-    return found
+    return found, best // 2 + 1
 
 
 def pack(stamp_ns: int) -> bytes:

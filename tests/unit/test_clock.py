@@ -31,20 +31,43 @@ def test_no_stamp_and_impossible_stamps_are_none() -> None:
     stamps.close()
 
 
+@pytest.mark.parametrize("step_s", [3600, -3600])
 def test_a_step_of_the_clock_is_noticed_and_stamps_before_and_after_it_are_right(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, step_s: int
 ) -> None:
+    """A clock that is really set: tests/e2e/test_clock.py."""
     ahead = [0]
     clock = types.SimpleNamespace(time_ns=lambda: time.time_ns() + ahead[0], monotonic_ns=time.monotonic_ns)
     monkeypatch.setattr(_clock, "time", clock)
     stamps = Stamps()
     before = time.monotonic_ns(), clock.time_ns()
-    ahead[0] = 3_600 * 10**9
+    ahead[0] = step_s * 10**9
     after = time.monotonic_ns(), clock.time_ns()
     at = np.array([before[0], after[0]])
     found = stamps.monotonic([pack(before[1]), pack(after[1])], at - 10**6, at + 10**6)
     assert stamps.steps == 1
     assert (np.abs(found - at) < 10**6).all() and (found > 0).all()
+    stamps.close()
+
+
+def test_slow_readings_are_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an emulated guest each reading may take tens of µs, now before and now after the one between."""
+    chance = np.random.default_rng(1)
+    now = [10**15]
+
+    def read(ahead_ns: int) -> int:
+        now[0] += int(chance.integers(10_000, 90_000))
+        return now[0] + ahead_ns
+
+    clock = types.SimpleNamespace(time_ns=lambda: read(10**18), monotonic_ns=lambda: read(0))
+    monkeypatch.setattr(_clock, "time", clock)
+    stamps = Stamps()
+    for _ in range(500):
+        stamps.look()
+    assert stamps.steps == 0
+    clock.time_ns = lambda: read(10**18 + 10**6)
+    stamps.look()
+    assert stamps.steps == 1
     stamps.close()
 
 
