@@ -135,7 +135,7 @@ class Service:
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
             if hdrs.EXPECT in request.headers:
-                await _continue(request)
+                self._continue(request)
             infer = self._infer_paths.get(request.path)
             if infer is not None and request.method == "POST":
                 return await self._infer(request, *infer)
@@ -145,6 +145,15 @@ class Service:
             return await handler(request, parts, body)
         except Exception as error:
             return self._refuse(request, error)
+
+    def _continue(self, request: web.BaseRequest) -> None:
+        """Answer the header Expect."""
+        if request.headers["Expect"].lower() != "100-continue":
+            raise _Refused(f"wanted 100-continue for the header Expect; found {request.headers['Expect']!r}", 417)
+        if (request.content_length or 0) > self._most:
+            raise TooLarge  # before it is sent
+        if request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
@@ -430,14 +439,6 @@ def _serialised(model: Model, version: str, call: Call, accepted: str) -> tuple[
     if encoding is not None:
         headers["Content-Encoding"] = encoding
     return content, headers, media
-
-
-async def _continue(request: web.BaseRequest) -> None:
-    """Answer the header Expect."""
-    if request.headers["Expect"].lower() != "100-continue":
-        raise _Refused(f"wanted 100-continue for the header Expect; found {request.headers['Expect']!r}", 417)
-    if request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def _json(body: bytes) -> Any:

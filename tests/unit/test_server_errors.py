@@ -244,6 +244,8 @@ def test_expectations(server: Running) -> None:
     refused(parse(server.raw(f"{head}Expect: the-unexpected\r\n\r\n".encode(), body)), 417, "100-continue")
     met = server.raw(f"{head}Expect: 100-continue\r\n\r\n".replace("knn", "ghost").encode(), body)
     refused(parse(met.partition(b"\r\n\r\n")[2] if b" 100 " in met[:20] else met), 404, "ghost")
+    large = head.replace(f"Length: {len(body)}", f"Length: {10**9}")
+    refused(parse(server.raw(f"{large}Expect: 100-continue\r\n\r\n".encode())), 413, "16 MiB")
 
 
 def test_a_client_that_goes_away_in_its_body_disturbs_nobody(server: Running) -> None:
