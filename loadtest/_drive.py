@@ -49,6 +49,7 @@ def drive(
     plan_file, endpoints_file = folder / f"plan-{phase}.json", folder / f"endpoints-{phase}.json"
     entry, marked = ledger.mark("locust")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LOCUST_")} | marked
+    environment["HOME"] = str(folder / "logs")  # nor does the user's ~/.locust.conf change a run
     argv: list[str | Path] = [
         "taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "locust", "-f", LOCUSTFILE, "--headless",
         "--plan", plan_file, "--endpoints", endpoints_file, "--out", folder,

@@ -303,9 +303,10 @@ sys.exit(subprocess.run([*sys.argv[1:], *urls]).returncode)
 def test_servers_given_by_url_are_compared_as_these_instances_and_gated_though_requests_failed(tmp_path: Path) -> None:
     argv = [ISOLATENCY, "run", "--only", "load", "--model", "null", "--seconds", "2", "--restarts", "3"]
     argv += ["--encoding", "json", "--fail-if", "bad:null:closed-1:p50>+10%", "--out", str(tmp_path)]
+    (tmp_path / ".locust.conf").write_text("processes = 2\nonly-summary = false\n")  # of Locust's own, for other tests
     done = subprocess.run(
         [ISOLATENCY, "sandbox", "--", sys.executable, "-c", URLS, *argv],
-        capture_output=True, text=True, timeout=400, cwd=ROOT,
+        capture_output=True, text=True, timeout=400, cwd=ROOT, env=os.environ | {"HOME": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "exceeded: bad:null:closed-1:p50>+10%: it is ∞" in done.stderr
