@@ -305,6 +305,22 @@ def test_a_thousand_pipelined_requests(server: Running) -> None:
         sending.join()
 
 
+@pytest.mark.parametrize("before", [0, 1, 40])
+def test_pipelined_requests_after_some_that_came_in_two_pieces(server: Running, before: int) -> None:
+    whole = http(INFER, GOOD)
+    with contextlib.closing(Line(server)) as line:
+        for _ in range(before):
+            line.send([whole[:-9]])
+            assert server.call("GET", "/v2/health/live").status == 200  # so that the first piece has been read
+            line.send([whole[-9:]])
+            reply = line.reply()
+            assert reply is not None and reply.status == 200
+        for one in (SMUGGLED, whole):
+            line.send([one * 200])
+            replies = [line.reply() for _ in range(200)]
+            assert {reply.status for reply in replies if reply is not None} == {200} and None not in replies
+
+
 def test_a_storm_of_connections_that_send_nothing(server: Running) -> None:
     for _ in range(2000):
         with socket.create_connection(server.address, timeout=BOUND_S):
