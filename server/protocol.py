@@ -18,7 +18,8 @@ from server.models.base import Array, BadInput, Batch, Model, Tensor
 from server.tensors import kind, short
 
 # Hints to a scheduler that tritonclient sends. Every request here has the same priority.
-LARGE, MOST_OBJECTS = 2**15, 10_000
+LARGE = 2**15
+MOST = ((b"{", 10_000, "objects"), (b"[", 1_000_000, "lists"))  # of which each takes some 100 bytes, and time
 HINTS = ("timeout", "priority")
 
 
@@ -84,8 +85,9 @@ def parse(body: bytes, model: Model, json_bytes: str | None = None) -> Request:
     length = _length(json_bytes, len(body))
     if length == 0:
         return _bare(body, model)
-    if len(body) > LARGE and body.count(b"{", 0, length) > MOST_OBJECTS:  # which take long to be made, for everybody
-        raise BadInput(f"wanted at most {MOST_OBJECTS} objects in a request; found more")
+    for opens, most, what in MOST if len(body) > LARGE else ():
+        if body.count(opens, 0, length) > most:
+            raise BadInput(f"wanted at most {most:,} {what} in a request; found more")
     try:
         message = orjson.loads(body if length is None else body[:length])
     except orjson.JSONDecodeError as error:

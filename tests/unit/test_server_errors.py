@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -271,7 +273,17 @@ def parse(raw: bytes) -> Answer:
 
 def test_too_many_objects_are_refused_before_they_are_made(server: Running) -> None:
     body = b'{"inputs":[{"name":"x","shape":[1,30],"datatype":"FP32","data":[' + b'{"":0},' * 20_000 + b"0]}]}"
-    refused(server.call("POST", INFER, body), 400, "objects")
+    refused(server.call("POST", INFER, body), 400, "10,000 objects")
+
+
+@pytest.mark.parametrize("part", [b"[0],", b"[],", b"[[0]],"])
+def test_too_many_lists_are_refused_before_they_are_made(tmp_path: Path, part: bytes) -> None:
+    """16 MiB of them would take a target of 512 MiB."""
+    head, end = b'{"inputs":[{"name":"x","shape":[1,30],"datatype":"FP32","data":[', b"0]}]}"
+    with serving(tmp_path, "--model", "knn") as running:
+        refused(running.call("POST", INFER, head + part * (15 * 2**20 // len(part)) + end), 400, "1,000,000 lists")
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{running.process.pid}/status").read_text())
+        assert peak and int(peak[1]) / 1024 < 256
 
 
 def test_finite_values_whose_products_are_not(server: Running) -> None:
