@@ -3,13 +3,14 @@
 # make venv:  .venv with everything from Python's side
 # make check: lint, types, the rules of the house
 # make peers: what the benchmarks compare with, into .peers
+# make peers-load: load generators that Debian does not have, by Go and by Rust, into .peers/bin
 
 PYTHON ?= python3
 BIN := .venv/bin
 # Packages are installed without asking only in CI, for root without a terminal, or with YES=1.
 MAY := [ "$$CI" = true ] || [ "$(YES)" = 1 ] || { [ "$$(id -u)" = 0 ] && ! [ -t 0 ]; }
 
-.PHONY: bench test check venv setup images peers
+.PHONY: bench test check venv setup images peers peers-load
 .DEFAULT_GOAL := bench
 
 bench: images
@@ -50,3 +51,9 @@ peers: .peers/.ready
 	$(PYTHON) -m venv .peers
 	.peers/bin/pip install --quiet --requirement tests/bench/peers.txt
 	@touch $@
+
+peers-load:
+	@for tool in go cargo; do command -v $$tool >/dev/null || { \
+	  echo "make peers-load wants Go (1.22 or later) and Rust (1.88 or later), found no $$tool"; exit 1; }; done
+	GOBIN=$(CURDIR)/.peers/bin go install github.com/tsenart/vegeta/v12@v12.13.0
+	cargo install --quiet --locked --root .peers oha@1.16.0

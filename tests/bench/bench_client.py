@@ -2,10 +2,11 @@
 
     python -m tests.bench.bench_client [--rounds 7] [--seconds 1] [--connections 16] [--write]
 
-Wants wrk and nginx (Debian: wrk, nginx-light); hey, vegeta and oha take part where they are installed. One interleaved
-run: in every round each client has its turn, in another order each, and a ratio is that of one round. nginx has one
-core, the client another. All send the same request; the engine compares every answer, records every request and takes
-the kernel's stamps, the others do none of that. CPU is the client's own, user and system, while it sends.
+Wants wrk and nginx (Debian: wrk, nginx-light). hey (Debian: hey), vegeta and oha take part where they are on the PATH, or
+in .peers/bin, where `make peers-load` puts the last two. One interleaved run: in every round each client has its turn, in
+another order each, and a ratio is that of one round. nginx has one core, the client another. All send the same request;
+the engine compares every answer, records every request and takes the kernel's stamps, the others do none of that. CPU is
+the client's own, user and system, while it sends.
 --write puts the table into docs/performance.md.
 """
 
@@ -37,6 +38,7 @@ ROW = ", ".join(f"{value:.7f}" for value in np.random.default_rng(1).random(30))
 BODY = f'{{"inputs":[{{"name":"x","shape":[1,30],"datatype":"FP32","data":[{ROW}]}}]}}'
 ANSWER = '{"model_name":"null","outputs":[{"name":"rows","datatype":"INT64","shape":[1],"data":[1]}]}'
 RATE = 2000
+PEERS = ("hey", "vegeta", "oha")
 NGINX = """
 daemon off; master_process off; error_log %(folder)s/log; pid %(folder)s/pid; events { worker_connections 4096; }
 http {
@@ -187,7 +189,7 @@ def peer(name: str, url: str, connections: int, seconds: float, folder: Path) ->
         ),
         "oha": (
             ["oha", "--no-tui", "-z", s, "-c", n, "-m", "POST", *kind, "-D", f"{folder}/body", url + PATH],
-            r"\[200\]\s+(\d+) responses", r"50\.00% in ([\d.]+) (?:secs|sec)", 1e6,
+            r"\[200\]\s+(\d+) responses", r"50\.00% in ([\d.]+) (ns|us|ms|sec)", 0.0,
         ),
     }[name]  # fmt: skip
 
@@ -205,7 +207,7 @@ def shoot_peer(name: str, url: str, connections: int, seconds: float, core: int,
     if requests is None or "Non-2xx" in done.stdout or "Socket errors" in done.stdout:
         raise RuntimeError(f"{name} said: {done.stdout}{done.stderr}")
     if middle is not None and not unit_us:
-        unit_us = {"us": 1.0, "µs": 1.0, "ms": 1e3, "s": 1e6}[middle[2]]
+        unit_us = {"ns": 1e-3, "us": 1.0, "µs": 1.0, "ms": 1e3, "s": 1e6, "sec": 1e6}[middle[2]]
     value_us = float(middle[1]) * unit_us if middle else float("nan")
     return Shot(cpu_s * 1e6 / int(requests[1]), int(requests[1]) / min(took_s, seconds + 0.1), value_us)
 
@@ -221,7 +223,7 @@ def shoot(name: str, url: str, connections: int, seconds: float, core: int, fold
 def contest(args: argparse.Namespace, folder: Path) -> str:
     cores = sorted(os.sched_getaffinity(0))
     names = ["wrk", "engine", "FastHttpUser", "HttpUser"]
-    names += [name for name in ("hey", "vegeta", "oha") if shutil.which(name)]
+    names += [name for name in PEERS if shutil.which(name)]
     many: dict[str, list[Shot]] = {name: [] for name in names}
     alone: dict[str, list[Shot]] = {name: [] for name in names if name not in ("FastHttpUser", "HttpUser")}
     timed: dict[int, list[dict[str, Any]]] = {0: [], 200: []}
@@ -278,7 +280,7 @@ def contest(args: argparse.Namespace, folder: Path) -> str:
         "",
         f"{args.connections} connections unless said; {args.rounds} rounds of {args.seconds:g} s; median and quartiles; "
         f"{platform.machine()}, {len(cores)} cores, Python {platform.python_version()}. Not installed: "
-        f"{', '.join(name for name in ('hey', 'vegeta', 'oha') if name not in names) or 'none'}.",
+        f"{', '.join(name for name in PEERS if name not in names) or 'none'}.",
     ]
     return "\n".join(lines)
 
@@ -292,6 +294,7 @@ def main() -> None:
     for name, kind in (("client", str), ("url", str), ("rate", float), ("spin-us", float)):
         parser.add_argument(f"--{name}", type=kind, default=kind(), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    os.environ["PATH"] += f":{ROOT}/.peers/bin"
     if args.client == "engine":
         print(json.dumps(engine(args.url, args.connections, args.seconds, args.rate, args.spin_us)))
     elif args.client:
