@@ -7,6 +7,7 @@ import functools
 import gzip
 import json
 import socket
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -330,6 +331,30 @@ def test_generated_requests(server: Running, capsys: pytest.CaptureFixture[str])
     assert told["valid"] > 2000
     assert told["400"] > 2000
     assert grown < 64
+
+
+def test_generated_requests_one_behind_the_other(server: Running) -> None:
+    """On one connection, sent without waiting, in pieces that end anywhere: as many answers, in that order."""
+
+    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(sent().filter(lambda one: not one.ends), min_size=40, max_size=60))
+    def ask(asked: list[Sent]) -> None:
+        line = Line(server)
+        sending = threading.Thread(target=line.send, args=([piece for one in asked for piece in one.pieces],))
+        sending.start()
+        for one in asked:
+            reply = line.reply()
+            assert reply is not None
+            in_order(reply)
+            if one.wanted is not None:
+                assert reply.status == 200, reply
+                agree(opened(reply), one.wanted)
+            if reply.headers.get("connection") == "close":
+                break
+        sending.join()
+        line.close()
+
+    ask()
 
 
 @pytest.mark.parametrize("binary", [0, 1])
