@@ -59,7 +59,7 @@ def _compute(
     }
     if stamped.keys() >= set(models):
         return [stamped[model] for model in models], "the baseline's stage compute"
-    if any((base, model) not in levels for model in [*models, "null"]):
+    if not all(levels.get((base, model)) for model in [*models, "null"]):
         return None
     means = {model: float(np.mean(list(levels[base, model].values()))) for model in [*models, "null"]}
     return [means[model] - means["null"] for model in models], "the baseline's p50 less that of null"

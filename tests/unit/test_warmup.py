@@ -101,3 +101,21 @@ def test_stages_leave_the_same_out(tmp_path: Path) -> None:
         if one.band == "p50":
             assert one.total_us.estimate == pytest.approx(cells[one.target].p50_us, rel=0.02)
             assert one.requests < 0.05 * cells[one.target].requests
+
+
+def test_a_cell_that_did_not_come_to_its_end_of_warm_up_has_nothing_to_settle(tmp_path: Path) -> None:
+    """The run was killed there."""
+    make(tmp_path, TARGETS, rounds=5, models=("knn", "null"))
+    blocks, samples = (
+        pd.read_csv(tmp_path / "blocks.csv", keep_default_na=False),
+        pd.read_parquet(tmp_path / "samples.parquet"),
+    )
+    kept = blocks[(blocks["model"] == "knn") | ((blocks["round"] == 0) & (blocks["target"] == "a"))]
+    kept.to_csv(tmp_path / "blocks.csv", index=False)
+    samples = samples[samples["block"].isin(kept["block"])]
+    pq.write_table(pa.Table.from_pandas(samples, preserve_index=False).cast(SCHEMA), tmp_path / "samples.parquet")
+    found = summarise(tmp_path)
+    assert [(one.model, one.quads, one.left_out) for one in found.warmups] == [("knn", 4, 0), ("null", 0, 0)]
+    assert [(cell.target, cell.requests > 0) for cell in found.cells] == [
+        ("a", True), ("b", True), ("c", True), ("a", False),
+    ]  # fmt: skip
