@@ -73,6 +73,6 @@ def test_its_split_of_the_servers_time_is_ours(
         "Server Queue": "queue", "Server Compute Input": "compute_input", "Server Compute Infer": "compute_infer",
         "Server Compute Output": "compute_output",
     }  # fmt: skip
-    for column, stage in columns.items():
-        assert int(found[column]) == told[stage]["ns"] // told[stage]["count"] // 1000
+    for column, stage in columns.items():  # it counts in whole microseconds, window by window
+        assert int(found[column]) == pytest.approx(told[stage]["ns"] / told[stage]["count"] / 1000, abs=1.01)
     assert float(found["Inferences/Second"]) > 0
