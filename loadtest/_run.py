@@ -366,14 +366,16 @@ def _pin(cores: Iterable[int]) -> None:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Each of ENDINGS ends a run in the same way, once: a second one must not cut the way down short."""
+    """Each of ENDINGS ends a run in the same way, once: a second one must not cut the way down short. The end of the
+    terminal is none where nohup has it ignored."""
 
     def interrupt(number: int, frame: Any) -> None:
         for ending in ENDINGS:
             signal.signal(ending, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {ending: signal.signal(ending, interrupt) for ending in ENDINGS}
+    hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    before = {ending: signal.signal(ending, interrupt) for ending in ENDINGS if hangup or ending != signal.SIGHUP}
     try:
         yield
     finally:

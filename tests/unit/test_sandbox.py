@@ -149,14 +149,25 @@ def test_no_moment_is_too_early_for_a_sigterm() -> None:
     subprocess.run([ISOLATENCY, "clean"], check=True, capture_output=True)
 
 
-def test_the_commands_signals_are_as_they_were() -> None:
-    """Nothing that the sandbox blocks or ignores for itself is inherited."""
+@pytest.mark.parametrize("hangup", [signal.SIG_DFL, signal.SIG_IGN])
+def test_the_commands_signals_are_as_they_were(hangup: signal.Handlers) -> None:
+    """Nothing that the sandbox blocks or ignores for itself is inherited; what nohup ignores is."""
     look = ["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"]
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what it runs in the background
+    before = signal.signal(signal.SIGHUP, hangup)
     try:
         assert sandbox(*look).stdout == subprocess.run(look, capture_output=True, text=True).stdout
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_end_of_the_terminal_ends_nothing_that_nohup_began() -> None:
+    script = "trap '' HUP; exec \"$@\""
+    argv = ["sh", "-c", script, "sh", ISOLATENCY, "sandbox", "--", "sh", "-c", "echo ready; read line; echo $line"]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGHUP)
+    out, _ = process.communicate("still here\n", timeout=120)
+    assert (process.returncode, out) == (0, "still here\n")
 
 
 def test_a_terminals_ctrl_c_reaches_the_command() -> None:
