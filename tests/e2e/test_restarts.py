@@ -21,7 +21,6 @@ models = ["null"]
 loads = ["closed-1"]
 seconds = 2.4
 warmup_s = 0.6
-block_s = 0.3
 [[targets]]
 kind = "process"
 [[targets]]
@@ -74,6 +73,21 @@ def test_a_run_goes_on_where_it_was_interrupted(resumed: tuple[Path, subprocess.
         "b": [0, 1, 2], "process": [0, 1, 2],
     }  # fmt: skip
     assert not list(folder.glob("*-_*")) and not list(folder.glob("*.fresh"))
+
+
+def test_blocks_are_measured_in_the_first_start_and_as_long_in_all(resumed: tuple[Path, Any]) -> None:
+    folder = resumed[0] / "latest"
+    told = json.loads((folder / "manifest.json").read_text())["block_s"]
+    assert list(told) == ["null:closed-1"]
+    blocks = pd.read_csv(folder / "blocks.csv", keep_default_na=False)
+    measuring = blocks[blocks["round"] < 0]
+    assert measuring["restart"].tolist() == [0] * 4 and set(measuring["warmup"]) == {True}
+    lasted_s = (blocks["end_ns"] - blocks["start_ns"])[blocks["round"] >= 0] / 1e9
+    assert (lasted_s >= told["null:closed-1"] - 1e-6).all() and lasted_s.median() == pytest.approx(
+        told["null:closed-1"]
+    )
+    assert blocks.groupby(["restart", "target"])["round"].max().nunique() == 1
+    assert f"blocks: {told['null:closed-1']:g} s (null closed-1)" in (folder / "report.md").read_text()
 
 
 def test_starts_are_the_unit_and_are_described(resumed: tuple[Path, Any]) -> None:
