@@ -68,7 +68,7 @@ class Experiment:
 EXPERIMENTS = {
     "aa-quiet": Experiment(60, 2.0, 0.25),
     "aa-noisy": Experiment(60, 2.0, 0.25, noisy=True),
-    "p50-plus-2": Experiment(20, 6.0, 0.2, own="spin_us={p50_plus}"),
+    "p50-plus-2": Experiment(30, 6.0, 0.2, own="spin_us={p50_plus}"),
     "p99-plus-5": Experiment(20, 3.0, 0.25, own="spin_tail_us={p99_plus}", tail=True),
     "spin-200-210": Experiment(10, 4.0, 0.25, own="spin_us=210", spin_us=200.0),
 }
