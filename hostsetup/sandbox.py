@@ -65,7 +65,7 @@ def run(command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _but_ignored(numbers: Sequence[signal.Signals]) -> list[signal.Signals]:
+def but_ignored(numbers: Sequence[signal.Signals]) -> list[signal.Signals]:
     """Without the terminal's end where nohup, or who else began this, wants it to be ignored."""
     return [one for one in numbers if one != signal.SIGHUP or signal.getsignal(one) is not signal.SIG_IGN]
 
@@ -78,7 +78,7 @@ def _unshare() -> list[str | Path]:
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
     """Until the sandbox has ended, passing on what only this process was sent."""
-    awaited = _but_ignored(_OUTSIDE)
+    awaited = but_ignored(_OUTSIDE)
     while True:
         received = signal.sigwaitinfo(awaited)
         if received.si_signo == signal.SIGCHLD:
@@ -126,7 +126,7 @@ class _Inner:
         self._wake.setblocking(False)
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno())
-        for number in _but_ignored(_INSIDE):
+        for number in but_ignored(_INSIDE):
             signal.signal(number, lambda *_: None)  # not SIG_IGN, which the command would inherit
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _INSIDE)
         os.environ.pop(books.MARK)  # it is this process's, with which all others end

@@ -142,10 +142,10 @@ def _changes(old: Summary, new: Summary, margin: Margins) -> dict[Key, Ratios]:
 
 def _change(new: Ratios | None, old: Ratios | None) -> Ratios:
     assert new is not None and old is not None
-    return Ratios(_over(new.p50, old.p50), _over(new.p99, old.p99), _over(new.throughput, old.throughput))
+    return Ratios(over(new.p50, old.p50), over(new.p99, old.p99), over(new.throughput, old.throughput))
 
 
-def _over(new: Ratio, old: Ratio) -> Ratio:
+def over(new: Ratio, old: Ratio) -> Ratio:
     """The ratio of two independent ratios: Welch's interval for the difference of their logarithms.
 
     What falls among failed requests in one run alone is infinitely more, or less, than in the other."""

@@ -21,6 +21,7 @@ from hostsetup import kvm
 from hostsetup.kinds import KINDS, make
 from hostsetup.ledger import Ledger
 from hostsetup.locks import run_lock
+from hostsetup.sandbox import but_ignored
 from hostsetup.target import Context, Spec
 from images import own, shell, store
 from images.errors import IsolatencyError, NotComparableError
@@ -374,8 +375,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
             signal.signal(ending, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    before = {ending: signal.signal(ending, interrupt) for ending in ENDINGS if hangup or ending != signal.SIGHUP}
+    before = {ending: signal.signal(ending, interrupt) for ending in but_ignored(ENDINGS)}
     try:
         yield
     finally:

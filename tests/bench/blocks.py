@@ -8,21 +8,18 @@ already is not measured again. With --write the table goes into docs/measurement
 """
 
 import argparse
-import math
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tomli_w
-
-from loadtest import _stats, _verdict
+from loadtest import _verdict
+from loadtest._compare import over
 from loadtest._schema import Ratio, Summary
 from loadtest._summary import summarise
 from tests.bench.tables import show, table
-from tests.bench.truth import DOCUMENT, ISOLATENCY
+from tests.bench.truth import DOCUMENT, ISOLATENCY, load, machine, run_pair
 
 PAUSED = Path(__file__).with_name("paused.py")
 STARTS, SECONDS = 4, 4.0  # per target, model and start; blocks of 5 s make a quad of 10
@@ -50,15 +47,8 @@ def measure(folder: Path, wanted: Condition) -> None:
         "schema": 1, "only": "load", "models": ["knn", "spin"], "loads": ["closed-1"], "restarts": STARTS,
         "seconds": SECONDS, "warmup_s": 0.0, "block_s": wanted.block_s, "spin_us": SPIN_US,
     }  # fmt: skip
-    (folder / "plan.toml").write_text(tomli_w.dumps(plan))
     program = [sys.executable, PAUSED] if wanted.paused else [ISOLATENCY]
-    argv = [
-        ISOLATENCY, "sandbox", "--", *program, "run", folder / "plan.toml", "--target", "a=process",
-        "--target", f"b=process:spin_us={SPIN_US + MORE_US}", "--out", folder,
-    ]  # fmt: skip
-    done = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=600)
-    if done.returncode:
-        raise SystemExit(f"the run in {folder} ended with {done.returncode}: {done.stderr[-2000:]}")
+    run_pair(folder, plan, f"spin_us={SPIN_US + MORE_US}", timeout_s=600, program=program)
 
 
 def rows(found: dict[str, Summary]) -> list[Sequence[str]]:
@@ -79,11 +69,10 @@ def rows(found: dict[str, Summary]) -> list[Sequence[str]]:
 
 def against(ratio: Ratio, first: Ratio) -> tuple[str, str]:
     """The one over the other with its 95 % interval (Welch), and whether that holds 1."""
-    if None in (ratio.estimate, ratio.log_se, first.estimate, first.log_se):
+    found = over(ratio, first)
+    if found.low is None or found.high is None:
         return "–", "no interval"
-    ours, theirs = (_stats.Location(math.log(one.estimate), one.log_se, one.df) for one in (ratio, first))  # type: ignore[arg-type]
-    middle, low, high = (math.exp(value) for value in _stats.interval(_stats.difference(ours, theirs)))
-    return f"{_verdict.percent(middle)} ({_verdict.span(low, high)})", "agrees" if low <= 1 <= high else "**differs**"
+    return shown(found), "agrees" if found.low <= 1 <= found.high else "**differs**"
 
 
 def shown(ratio: Ratio) -> str:
@@ -102,13 +91,7 @@ def added(ratio: Ratio) -> str:
 
 def text(found: dict[str, Summary]) -> str:
     one = next(iter(found.values()))
-    loads = [summary.load_average["before"][0] for summary in found.values() if summary.load_average["before"]]  # type: ignore[index]
-    machine = one.machine
-    head = (
-        f"{str(one.started)[:10]}, {machine.get('cpu_model')}, {machine.get('threads')} CPUs"
-        f"{', itself a guest' * bool(machine.get('nested'))}; {one.restarts} starts each; load average before a run "
-        f"{min(loads):.1f} to {max(loads):.1f}:"
-    )
+    head = f"{str(one.started)[:10]}, {machine(one)}; {one.restarts} starts each; {load(found.values())}:"
     columns = ("model", "blocks", "b over a", "µs", f"over that of {FIRST}", "")
     return f"{head}\n\n{table(columns, rows(found))}"
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ import tomli_w
 from scipy import stats
 
 from loadtest import _cells, _folder, _starts, _stats, _verdict, _warmup
+from loadtest._schema import Summary
 from loadtest._summary import summarise
 from tests.bench.tables import show
 
@@ -101,16 +102,25 @@ def _run(out: Path, name: str, wanted: Experiment, starts: int, seed: int) -> No
         "seconds": wanted.seconds + warmup_s, "warmup_s": warmup_s, "block_s": wanted.block_s,
         **(TAIL if wanted.tail else {}),
     }  # fmt: skip
-    (folder / "plan.toml").write_text(tomli_w.dumps(plan))
     own = wanted.own.format(**_sizes(out)) if "{" in wanted.own else wanted.own
+    before = set(_runs(folder))
+    run_pair(folder, plan, own, timeout_s=120 + 60 * starts)
+    if len(set(_runs(folder)) - before) != 1:
+        raise SystemExit(f"{name}: the run left no folder of its own in {folder}")
+
+
+def run_pair(
+    folder: Path, plan: dict[str, object], own: str, *, timeout_s: float, program: Sequence[str | Path] = (ISOLATENCY,)
+) -> None:
+    """An ordinary run, in a sandbox, of two processes, of which the second is told `own`."""
+    (folder / "plan.toml").write_text(tomli_w.dumps(plan))
     argv = [
-        ISOLATENCY, "sandbox", "--", ISOLATENCY, "run", folder / "plan.toml", "--target", "a=process",
+        ISOLATENCY, "sandbox", "--", *program, "run", folder / "plan.toml", "--target", "a=process",
         "--target", f"b=process:{own}" if own else "b=process", "--out", folder,
     ]  # fmt: skip
-    before = set(_runs(folder))
-    done = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120 + 60 * starts)
-    if done.returncode or len(set(_runs(folder)) - before) != 1:
-        raise SystemExit(f"{name}: the run ended with {done.returncode}: {done.stderr[-2000:]}")
+    done = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=timeout_s)
+    if done.returncode:
+        raise SystemExit(f"the run in {folder} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
 def stall(out: Path, name: str) -> None:
@@ -375,12 +385,17 @@ def conditions(out: Path) -> str:
     if not found:
         return "No run yet."
     days = sorted({str(one.started)[:10] for one in found})
+    return f"{len(found)} runs, {' and '.join(days)}, {machine(found[0])}; {load(found)}:"
+
+
+def machine(one: Summary) -> str:
+    nested = ", itself a guest" * bool(one.machine.get("nested"))
+    return f"{one.machine.get('cpu_model')}, {one.machine.get('threads')} CPUs{nested}"
+
+
+def load(found: Iterable[Summary]) -> str:
     loads = [one.load_average["before"][0] for one in found if one.load_average["before"]]  # type: ignore[index]
-    machine = found[0].machine
-    return (
-        f"{len(found)} runs, {' and '.join(days)}, {machine.get('cpu_model')}, {machine.get('threads')} CPUs"
-        f"{', itself a guest' * bool(machine.get('nested'))}; load average before a run {min(loads):.1f} to {max(loads):.1f}:"
-    )
+    return f"load average before a run {min(loads):.1f} to {max(loads):.1f}"
 
 
 def main() -> None:
